@@ -1,0 +1,107 @@
+"""What routers and experts may see besides the hidden state: built once per forward, handed down, never kept on a module.
+
+It knows tensors and names, no model and no router.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+KEYWORD = "alula_context"
+BASE = "base"
+"""The name of the null expert: the untouched model."""
+
+Recorder = Callable[[str, Float[Tensor, "batch tokens experts"]], None]
+Observer = Callable[[str, str, Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How experts are chosen. One of three forms:
+
+    * ``Routing(router="analytic", level="sample")``: a router decides, per token, per sample, or both combined;
+    * ``Routing(fixed={"invoices": 1.0})``: these experts with these weights for everybody (task level, oracle, training);
+      ``Routing(fixed={})`` is the base model;
+    * ``Routing(gate_of="invoices")``: that expert scaled by its own sigmoid gate (stage 2 of PHATGOOSE).
+
+    Attributes:
+        level: ``sample`` is decided on the prompt and frozen for the answer; ``token`` anew for each token and layer;
+            ``combined`` takes the sample's log-weights as prior and the token's scores as likelihood.
+        top_k: experts that speak at once (at token level) or per sample.
+        temperature: multiplies the scores before the softmax; None is the router's own.
+        null: what a token does that belongs to no task: ``none``, ``zero_expert``, ``sigmoid_keep`` or ``threshold``
+            (specification of routing-based continual learning; the paper's own choice is unknown).
+        threshold: the score under which an expert is dropped when ``null="threshold"``.
+    """
+
+    router: str | None = None
+    level: str = "sample"
+    top_k: int = 1
+    temperature: float | None = None
+    null: str = "none"
+    threshold: float = 0.0
+    fixed: Mapping[str, float] | None = None
+    gate_of: str | None = None
+
+
+OFF = Routing(fixed={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One forward's knowledge.
+
+    Attributes:
+        shape: batch and tokens of this forward.
+        image_mask: which tokens are image tokens; None where the call came without token ids.
+        valid: which tokens are not padding.
+        weights: per sample, over `active` experts; None where each mixture's own router decides per token.
+        active: indices of the experts that may speak; empty is the base model.
+        prior: per sample log-weights over all experts, at level ``combined``.
+    """
+
+    shape: tuple[int, int]
+    routing: Routing
+    image_mask: Bool[Tensor, "batch tokens"] | None
+    valid: Bool[Tensor, "batch tokens"]
+    active: tuple[int, ...]
+    weights: Float[Tensor, "batch active"] | None = None
+    prior: Float[Tensor, "batch experts"] | None = None
+    gate_of: int | None = None
+    recorder: Recorder | None = None
+    observer: Observer | None = None
+
+    def per_row(self, values: Float[Tensor, "batch classes"], x: Tensor) -> Float[Tensor, "rows 1 classes"]:
+        """Per-sample `values` for the rows of `x`; keys of cross-attention come as several rows (tiles) per sample."""
+        return values.repeat_interleave(x.shape[0] // self.shape[0], dim=0).unsqueeze(1)
+
+
+@dataclass
+class Cell:
+    """What the mixtures of one decoder layer share during one forward of that layer.
+
+    Linear layers get no keywords from Transformers; the attention of their layer does. A tap on it puts the context
+    here, also when the layer is recomputed under activation checkpointing. `decided` holds block-level weights for the
+    siblings of the mixture that computed them.
+    """
+
+    context: Context | None = None
+    decided: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    def enter(self, context: Context | None) -> None:
+        """Starts a forward of this layer."""
+        self.context = context
+        self.decided = {}
+
+
+def prompt_mask(
+    valid: Bool[Tensor, "batch tokens"], labels: Tensor | None
+) -> Bool[Tensor, "batch tokens"]:
+    """The tokens before a row's first target: all a sample-level decision may look at."""
+    if labels is None:
+        return valid
+    answered = (labels != -100).to(torch.int8).cumsum(dim=1) > 0
+    return valid & ~answered

@@ -1,0 +1,110 @@
+"""One type for every example: image-text, text-only, interleaved, several images. It knows no model."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from alula.errors import UserError
+
+ImageSource = Image.Image | bytes | Path
+PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn. `role` is system, user or assistant; each ``<image>`` in `content` stands for the sample's next image."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A conversation whose last assistant turn is what a model should say.
+
+    Attributes:
+        options: candidate answers where the task is ranked; empty otherwise.
+        accepted: further answers that count as right.
+        origin: where it came from (``file.jsonl:12``), for errors.
+        language: ISO 639-1 code of the question.
+
+    Example:
+        >>> sample = Sample.ask("What is the capital of Kenya?", "Nairobi")
+        >>> sample.answer, len(sample.images)
+        ('Nairobi', 0)
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageSource, ...] = ()
+    options: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    origin: str = ""
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        where = self.origin or self.id
+        found = sum(message.content.count(PLACEHOLDER) for message in self.messages)
+        if found != len(self.images):
+            raise UserError(
+                f"{where}: {found} '{PLACEHOLDER}' placeholders but {len(self.images)} images. "
+                f"Write one '{PLACEHOLDER}' where each image belongs, or none at all to put them first."
+            )
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise UserError(f"{where}: the last message must be the assistant's. Add the answer that is to be learnt.")
+        if not self.answer.strip():
+            raise UserError(f"{where}: the answer is empty. Give the text that is to be learnt, or drop the row.")
+
+    @classmethod
+    def ask(cls, question: str, answer: str, *, images: tuple[ImageSource, ...] = (), **fields: Any) -> "Sample":
+        """One question (its images first) and one answer."""
+        asked = Message(role="user", content=f"{PLACEHOLDER}\n" * len(images) + question)
+        fields.setdefault("id", question)
+        return cls(messages=(asked, Message(role="assistant", content=answer)), images=images, **fields)
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All turns before the last answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The last assistant turn."""
+        return self.messages[-1].content
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Every answer that counts as right."""
+        return (self.answer, *self.accepted)
+
+    @property
+    def question(self) -> str:
+        """The last user turn without placeholders."""
+        asked = [message.content for message in self.prompt if message.role == "user"]
+        return asked[-1].replace(PLACEHOLDER, "").strip() if asked else ""
+
+    def open_images(self) -> list[Image.Image]:
+        """The images as RGB.
+
+        Raises:
+            UserError: an image is missing or broken.
+        """
+        return [self._open(source) for source in self.images]
+
+    def _open(self, source: ImageSource) -> Image.Image:
+        where = self.origin or self.id
+        try:
+            if isinstance(source, Image.Image):
+                return source.convert("RGB")
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                return opened.convert("RGB")
+        except FileNotFoundError:
+            raise UserError(
+                f"{where}: no image file {source}. Correct the path (relative paths start at the data file's folder) or drop the row."
+            ) from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = source if isinstance(source, Path) else "the embedded image"
+            raise UserError(f"{where}: {name} cannot be read as an image ({error}). Replace the file or drop the row.") from error

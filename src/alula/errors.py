@@ -1,0 +1,16 @@
+"""The one error a user sees. It knows nothing of models or files."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something a user gave cannot be used. The message says what came, what is accepted and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The half-sentence ``Known: a, b. Did you mean 'a'?`` for an unknown `word`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"Known: {', '.join(names) or 'none'}.{hint}"

@@ -1,0 +1,145 @@
+"""One task, one model, one prediction for each test sample. It knows no method and writes no file."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from alula.data.sample import Sample
+from alula.data.stream import Task
+from alula.evaluation.generation import Around, BatchMaker, generate_answers, untouched
+from alula.evaluation.prose import measure_prose
+from alula.evaluation.ranking import check_options, rank_options
+from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, prompt_text
+
+Progress = Callable[[int, int], None]
+Answer = dict[str, object]
+
+
+def evaluate_task(
+    model: nn.Module,
+    collator: BatchMaker,
+    task: Task,
+    *,
+    batch_size: int,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+    method: str = "",
+    limit: int | None = None,
+    around: Around | None = None,
+) -> list[Prediction]:
+    """The prediction for each test sample of `task`, in the order of `task.test`.
+
+    Samples run sorted by length, longest first: little padding, and what does not fit fails at once.
+
+    Args:
+        batch_size: rows in one forward; a ranked sample has one row for each of its options.
+        device: None for the device of the model's first parameter.
+        progress: called with the samples done and the samples in all, after each batch.
+        seed: written into the predictions, like `method`; nothing here is random.
+        limit: samples; only the first so many are used, None for all.
+        around: gives a context for each batch, entered around `generate` or the forward. The batch holds `labels`
+            where options or prose are measured.
+
+    Raises:
+        UserError: a ranked sample without options, or whose answer is none of them.
+    """
+    samples = list(task.test)[:limit]
+    answer = _answerer(task, samples, model, collator, device=_device(model, device), around=around or untouched)
+    predictions: dict[int, Prediction] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(samples, batch_size, is_ranked=task.scoring == "ranked"):
+            for index, found in zip(batch, answer([samples[index] for index in batch]), strict=True):
+                predictions[index] = _prediction(task, samples[index], found, method=method, seed=seed)
+            if progress is not None:
+                progress(len(predictions), len(samples))
+    finally:
+        model.train(was_training)
+    return [predictions[index] for index in range(len(samples))]
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
+def _batches(samples: Sequence[Sample], batch_size: int, *, is_ranked: bool) -> Iterator[list[int]]:
+    """Indices of samples that run together: at most `batch_size` rows, but at least one sample."""
+    order = sorted(range(len(samples)), key=lambda index: -_length(samples[index]))
+    batch: list[int] = []
+    rows = 0
+    for index in order:
+        wanted = len(samples[index].options) if is_ranked else 1
+        if batch and rows + wanted > batch_size:
+            yield batch
+            batch, rows = [], 0
+        batch.append(index)
+        rows += wanted
+    if batch:
+        yield batch
+
+
+def _length(sample: Sample) -> int:
+    """Characters, with an image counted as many: only the order matters."""
+    return sum(len(message.content) for message in sample.messages) + 4096 * len(sample.images)
+
+
+def _answerer(
+    task: Task,
+    samples: Sequence[Sample],
+    model: nn.Module,
+    collator: BatchMaker,
+    *,
+    device: torch.device,
+    around: Around,
+) -> Callable[[Sequence[Sample]], list[Answer]]:
+    """What turns a batch of samples into answers, by the task's scoring."""
+    if task.scoring == "ranked":
+        check_options(samples)
+
+        def rank(batch: Sequence[Sample]) -> list[Answer]:
+            ranked = rank_options(model, collator, batch, device=device, around=around)
+            return [_ranked(sample, values) for sample, values in zip(batch, ranked, strict=True)]
+
+        return rank
+    if task.scoring == "bits_per_byte":
+
+        def measure(batch: Sequence[Sample]) -> list[Answer]:
+            measured = measure_prose(model, collator, batch, device=device, around=around)
+            return [{"output": "", "score": bits / size, "loss_bits": bits, "bytes": size} for bits, size in measured]
+
+        return measure
+    known = closed_answers(task)
+
+    def generate(batch: Sequence[Sample]) -> list[Answer]:
+        said = generate_answers(
+            model, collator, batch, max_new_tokens=task.max_new_tokens, device=device, around=around
+        )
+        return [_generated(sample, text, ended, known) for sample, (text, ended) in zip(batch, said, strict=True)]
+
+    return generate
+
+
+def _ranked(sample: Sample, values: Sequence[float]) -> Answer:
+    best = sample.options[max(range(len(values)), key=values.__getitem__)]  # the first of equals
+    right = normalise(best) in {normalise(reference) for reference in sample.references}
+    return {"output": best, "score": float(right), "options": sample.options}
+
+
+def _generated(sample: Sample, text: str, ended: bool, known: frozenset[str] | None) -> Answer:
+    scored = exact_match(text, sample.references, known_answers=known, ended=ended)
+    return {"output": text, "score": scored.score, "parsed": scored.parsed}
+
+
+def _prediction(task: Task, sample: Sample, found: Answer, *, method: str, seed: int) -> Prediction:
+    return Prediction(
+        id=sample.id,
+        task=task.name,
+        prompt=prompt_text(sample),
+        reference=sample.answer,
+        method=method,
+        seed=seed,
+        **found,
+    )

@@ -1,0 +1,73 @@
+"""Greedy answers of any Hugging Face vision-language model. It knows no scores."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from alula.data.sample import Sample
+
+Batch = dict[str, Tensor]
+Around = Callable[[Batch], AbstractContextManager[object]]
+
+
+class BatchMaker(Protocol):
+    """What evaluation needs of a collator: three batches and the processor that reads tokens back."""
+
+    processor: object
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch: ...
+
+    def prompts(self, samples: Sequence[Sample]) -> Batch: ...
+
+    def continuations(self, samples: Sequence[Sample], options: Sequence[Sequence[str]]) -> Batch: ...
+
+
+def untouched(batch: Batch) -> AbstractContextManager[object]:
+    """The context that changes nothing: a model runs as it is."""
+    return nullcontext()
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def ending_tokens(model: nn.Module, tokenizer: object) -> set[int]:
+    """Ids of the tokens that end an answer, from the model's generation config and its tokenizer."""
+    ids: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        ids |= set() if found is None else {found} if isinstance(found, int) else set(found)
+    return ids
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    collator: BatchMaker,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    around: Around = untouched,
+) -> list[tuple[str, bool]]:
+    """The greedy answer to each sample, and whether it ended before `max_new_tokens` tokens.
+
+    Args:
+        around: gives a context for the prompts batch, entered around `generate` (to fix routes, to count).
+    """
+    tokenizer = getattr(collator.processor, "tokenizer", collator.processor)
+    prompts = on_device(collator.prompts(samples), device)
+    options = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+    with around(prompts):
+        whole: Int[Tensor, "batch tokens"] = model.generate(
+            **prompts, max_new_tokens=max_new_tokens, do_sample=False, **options
+        )
+    answers = whole[:, prompts["input_ids"].shape[1] :]  # prompts are padded on the left: all answers start together
+    ends = ending_tokens(model, tokenizer)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [(text.strip(), not ends.isdisjoint(row)) for text, row in zip(texts, answers.tolist(), strict=True)]

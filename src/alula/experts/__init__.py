@@ -1,0 +1,5 @@
+"""Small modules whose output is added to a frozen host's, exactly zero at birth."""
+
+from alula.experts.lora import LoRAExperts
+
+__all__ = ["LoRAExperts"]

@@ -1,0 +1,141 @@
+"""Files that are either whole or absent: every write is atomic, every read says what is wrong with the file."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from alula.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = dict | list | str | int | float | bool | None
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place only if the block ends well.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; `path` keeps its former content.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {target}: {error.strerror or error}. What was there before is unchanged. "
+            "Free some space or choose another folder, then run the same command again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path | str, fill: Callable[[IO[str]], object]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        fill(out)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Puts `text` into `path`, atomically."""
+    _write(path, lambda out: out.write(text))
+
+
+def write_json(path: Path | str, value: Json) -> None:
+    """Puts `value` as indented JSON into `path`, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
+    """Puts one JSON object a line into `path`, atomically."""
+    _write(path, lambda out: out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_tensors(path: Path | str, tensors: "dict[str, Tensor]", *, metadata: dict[str, str] | None = None) -> None:
+    """Puts `tensors` as safetensors into `path`, atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata=metadata)
+        except SafetensorError as error:  # safetensors reports a full disk with its own class
+            raise OSError(str(error)) from error
+
+
+def _text(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"No file {path}. Check the path; relative paths start at {Path.cwd()}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read {path}: {error}. A UTF-8 text file is wanted.") from error
+
+
+def read_json(path: Path | str) -> Json:
+    """The JSON value in `path`.
+
+    Raises:
+        UserError: no such file, or not JSON (with the line).
+    """
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). The file may be half written: restore or delete it."
+        ) from error
+
+
+def read_jsonl(path: Path | str) -> list[dict]:
+    """One object per non-empty line of `path`.
+
+    Raises:
+        UserError: no such file, or a line that is not a JSON object (with its number).
+    """
+    rows: list[dict] = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error.msg}). One JSON object a line is wanted.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a {type(row).__name__} came, one JSON object a line is wanted.")
+        rows.append(row)
+    return rows
+
+
+def read_tensors(path: Path | str) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: no such file, or a truncated or foreign file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"No file {path}. Check the path, or learn the task again.") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}). It may be half written: delete it and use an earlier one."
+        ) from error
+
+
+def sha256(path: Path | str) -> str:
+    """The hex digest of a file's bytes."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

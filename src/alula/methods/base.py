@@ -1,0 +1,135 @@
+"""What a continual-learning method is: verbs the training loop calls. A method owns no optimizer, loop, device, logging or file."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from alula.data.sample import Sample
+from alula.data.stream import Stream, Task
+from alula.registry import Registry
+
+if TYPE_CHECKING:  # the training room lies below this one; only its settings' type is named here
+    from alula.training.settings import TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of using what was learnt; each is scored apart.
+
+    Attributes:
+        enter: makes the context in which the model is evaluated on a task.
+        is_settled: a task's score cannot change once it was learnt (and is the base model's before), so it is not
+            measured again.
+    """
+
+    name: str
+    enter: Callable[[Task], AbstractContextManager[None]]
+    is_settled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a task's training with an optimizer of its own.
+
+    Attributes:
+        steps: optimizer steps; of a forward-only stage at most this many batches and at most one epoch.
+        learning_rate: peak rate (above 0); unused by a forward-only stage.
+        gradient: False: the data goes through the model once, `observe` sees each batch, nothing is optimized.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    gradient: bool = True
+
+
+class Method(ABC):
+    """A continual-learning method. Only `loss` must be written; every other verb is optional.
+
+    Order of calls: ``arrange``; then for each task ``begin_task``, for each of its ``stages`` ``begin_stage``,
+    ``training_data``, (``loss``, ``before_step``) per step or ``observe`` per batch, ``end_stage``; then ``end_task``.
+
+    Resumption: structure (new modules) is made in ``begin_task`` and ``begin_stage``, values in the steps and in the
+    ``end_`` verbs. On a fresh model the loop calls ``rebuild`` for finished tasks and the ``begin_`` verbs for the
+    current one, then loads ``stored_tensors`` and ``state_dict``. So what a ``begin_`` verb computes from the model's
+    values (a teacher, say) belongs into ``state_dict``.
+
+    Attributes:
+        trained: names of all parameters that ever had gradients; kept up by the training loop.
+    """
+
+    def __init__(self, model: nn.Module, *, settings: "TrainSettings") -> None:
+        del model  # subclasses look at it, attach modules, freeze
+        self.settings = settings
+        self.trained: set[str] = set()
+
+    def arrange(self, stream: Stream) -> Stream:
+        """The stream as this method learns it."""
+        return stream
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Prepares the model for `task`: grows modules, draws memory. torch's generator is seeded by the loop."""
+
+    def stages(self, task: Task) -> tuple[Stage, ...]:
+        """The stages of `task` in order; a pure function."""
+        steps = self.settings.steps * task.num_merged
+        return (Stage(name="train", steps=steps, learning_rate=self.settings.learning_rate),)
+
+    def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
+        """Sets ``requires_grad`` of every parameter: what has it is what trains."""
+
+    def training_data(self, task: Task) -> Sequence[Sample]:
+        """The samples a stage of `task` draws from; asked once per stage, after `begin_stage`."""
+        return task.train
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named parts of the loss, each a mean over the targets of `batch`; the loop adds and weights them."""
+
+    def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        """Takes statistics from one batch of a forward-only stage, without gradients.
+
+        With several processes each one sees all samples, so that statistics need no reduction.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a stage without gradient but no observe().")
+
+    def before_step(self, model: nn.Module) -> None:
+        """May change the gradients, which are complete but not yet clipped."""
+
+    def end_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
+        """Uses what the stage gave."""
+
+    def end_task(self, model: nn.Module, task: Task) -> None:
+        """Freezes, merges, stores."""
+
+    def rebuild(self, model: nn.Module, task: Task) -> None:
+        """Gives a fresh model the structure it has after `task`; values are loaded afterwards."""
+        self.begin_task(model, task)
+        for stage in self.stages(task):
+            self.begin_stage(model, task, stage)
+
+    def arms(self) -> tuple[Arm, ...]:
+        """The ways to use what was learnt."""
+        return (Arm(name="default", enter=lambda task: contextlib.nullcontext()),)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's own tensors, those outside the model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} saves {sorted(state)} but has no load_state_dict()."
+
+    def stored_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What must be kept beside the base model: all parameters that ever trained, and the buffers beside them."""
+        owners = {name.rpartition(".")[0] for name in self.trained}
+        beside = {name for name, _ in model.named_buffers() if name.rpartition(".")[0] in owners}
+        return {name: value for name, value in model.state_dict().items() if name in self.trained | beside}
+
+
+METHODS: Registry[type[Method]] = Registry("method")

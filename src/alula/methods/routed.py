@@ -1,0 +1,176 @@
+"""One expert per task and a router over them: what is stored never changes, so only the selection can drift."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alula.attach import Mixtures, attach
+from alula.context import BASE, Routing
+from alula.data.stream import Task
+from alula.errors import UserError
+from alula.methods.base import METHODS, Arm, Method, Stage
+from alula.objectives.next_token import next_token_loss
+from alula.observe import observe
+from alula.training.settings import TrainSettings
+
+ROUTINGS = {
+    "analytic": Routing(router="analytic", level="sample", top_k=1),
+    "analytic_token": Routing(router="analytic", level="token", top_k=2),
+    "analytic_combined": Routing(router="analytic", level="combined", top_k=2),
+    "gate": Routing(router="gate", level="token", top_k=2),
+    "gate_zero_expert": Routing(router="gate", level="token", top_k=2, null="zero_expert"),
+    "gate_sigmoid_keep": Routing(router="gate", level="token", top_k=2, null="sigmoid_keep"),
+    "gate_combined": Routing(router="gate", level="combined", top_k=2),
+    "arrow": Routing(router="arrow", level="token", top_k=3),
+}
+"""The ways to choose experts that a recipe can name; `gate` is the recipe of the paper, `analytic` our default."""
+ORACLE, UNIFORM = "oracle", "uniform"
+
+
+@METHODS.register("routed")
+class Routed(Method):
+    """Per task: a LoRA expert trained alone, then what its routers need, with data and compute fixed in the number of tasks.
+
+    Stages: ``expert`` (LoRA, the rest frozen), ``gate`` (only its gate vectors; left out if no arm uses gates),
+    ``statistics`` (one forward pass over some of the task's samples, no gradient).
+
+    Args:
+        arms: how the experts are chosen at test time; each is scored apart. Besides `ROUTINGS`: ``oracle`` (told the
+            task) and ``uniform`` (all with equal weight).
+        gate_steps, gate_learning_rate: optimizer steps and rate of the gate stage. PHATGOOSE: 100 steps at 5e-3.
+        statistics_samples: samples; how many of the task's training samples the closed-form router sees.
+
+    Source: arXiv 2511.01831 (*reconstructed* from PHATGOOSE, arXiv 2402.05859); the analytic router is ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        settings: TrainSettings,
+        rank: int = 8,
+        alpha: float | None = None,
+        linears: Sequence[str] | str | None = None,
+        layers: Sequence[int] | None = None,
+        arms: Sequence[str] = ("analytic",),
+        gate_steps: int = 100,
+        gate_learning_rate: float = 5e-3,
+        statistics_samples: int = 256,
+        mixtures: Mixtures | None = None,
+    ) -> None:
+        super().__init__(model, settings=settings)
+        for arm in arms:
+            if arm not in (*ROUTINGS, ORACLE, UNIFORM):
+                raise UserError(f"Unknown arm '{arm}'. Known: {', '.join((*ROUTINGS, ORACLE, UNIFORM))}.")
+        self.mixtures = mixtures or attach(model, linears=linears, layers=layers)
+        self.rank, self.alpha = rank, alpha
+        self.arm_names = tuple(arms)
+        self.gate_steps, self.gate_learning_rate = gate_steps, gate_learning_rate
+        self.statistics_samples = statistics_samples
+        self._task = ""
+
+    @property
+    def _routings(self) -> list[Routing]:
+        return [ROUTINGS[arm] for arm in self.arm_names if arm in ROUTINGS]
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """A new, silent expert. Its first values depend on the seed and the task's name, not on the order of tasks."""
+        self._task = task.name
+        seed = self.settings.seed + sum(ord(letter) * 31**place for place, letter in enumerate(task.name[:12]))
+        generator = torch.Generator().manual_seed(seed)
+        self.mixtures.grow(task.name, rank=self.rank, alpha=self.alpha, generator=generator)
+
+    def stages(self, task: Task) -> tuple[Stage, ...]:
+        """Expert, gate if an arm needs it, statistics if one needs them."""
+        settings = self.settings
+        stages = [Stage(name="expert", steps=settings.steps, learning_rate=settings.learning_rate)]
+        if any(routing.router == "gate" for routing in self._routings):
+            stages.append(Stage(name="gate", steps=self.gate_steps, learning_rate=self.gate_learning_rate))
+        if any(routing.router == "analytic" or routing.level == "combined" for routing in self._routings):
+            count = min(self.statistics_samples, len(task.train))
+            steps = -(-count // settings.batch_size)
+            stages.append(Stage(name="statistics", steps=steps, learning_rate=0.0, gradient=False))
+        return tuple(stages)
+
+    def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
+        """Says what trains and which expert speaks."""
+        self._task = task.name
+        if stage.name == "expert":
+            self.mixtures.train_expert(task.name)
+            self.mixtures.routing = Routing(fixed={task.name: 1.0})
+        elif stage.name == "gate":
+            self.mixtures.train_gate(task.name)
+            self.mixtures.routing = Routing(gate_of=task.name)
+        else:
+            self.mixtures.freeze()
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Next-token cross-entropy over the targets."""
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return {"next_token": next_token_loss(logits, batch["labels"])}
+
+    def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        """Adds a batch to the task's sums."""
+        observe(self.mixtures, self._task, batch, tokens=self._needs_token_sums)
+
+    @property
+    def _needs_token_sums(self) -> bool:
+        return any(routing.router == "analytic" and routing.level != "sample" for routing in self._routings)
+
+    def observe_general(self, batch: dict[str, Tensor]) -> None:
+        """Adds general text, so that prompts of no task can go to the base model. Once, before the first task."""
+        zero_expert = any(routing.null == "zero_expert" for routing in self._routings)
+        observe(self.mixtures, BASE, batch, tokens=self._needs_token_sums or zero_expert)
+
+    def end_task(self, model: nn.Module, task: Task) -> None:
+        """Freezes everything and recomputes what follows from the trained experts."""
+        self.mixtures.freeze()
+        self.mixtures.refresh()
+        self.mixtures.routing = self._routings[0] if self._routings else Routing(fixed={})
+
+    def arms(self) -> tuple[Arm, ...]:
+        """One per way of choosing experts; with the oracle a task's score is settled once it was learnt."""
+        made = []
+        for name in self.arm_names:
+            if name == ORACLE:
+                made.append(Arm(name=name, enter=lambda task: self.mixtures.using(self._oracle(task)), is_settled=True))
+            elif name == UNIFORM:
+                made.append(Arm(name=name, enter=lambda task: self.mixtures.using(self._uniform())))
+            else:
+                made.append(Arm(name=name, enter=lambda task, routing=ROUTINGS[name]: self.mixtures.using(routing)))
+        return tuple(made)
+
+    def _oracle(self, task: Task) -> Routing:
+        return Routing(fixed={task.name: 1.0} if task.name in self.mixtures.names else {})
+
+    def _uniform(self) -> Routing:
+        names = self.mixtures.names
+        return Routing(fixed={name: 1.0 / len(names) for name in names})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The routers' sums; experts and gates are parameters and saved as such."""
+        found: dict[str, Tensor] = {}
+        for name in (*self.mixtures.names, BASE):
+            for key, tensor in self.mixtures.router_tensors(name).items():
+                found[f"{name}/{key}"] = tensor
+        return found
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Puts the routers' sums back."""
+        for name in sorted({key.split("/", 1)[0] for key in tensors}):
+            own = {key.split("/", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+            self.mixtures.restore_router(name, own)
+        self.mixtures.refresh()
+
+
+@METHODS.register("specialist")
+class Specialist(Routed):
+    """One expert per task, told at test time which one to use: what perfect routing would give.
+
+    Bit-identical to the experts of `routed` with the same seed, so its scores are those of the arm ``oracle``.
+    """
+
+    def __init__(self, model: nn.Module, *, settings: TrainSettings, rank: int = 8, alpha: float | None = None,
+                 linears: Sequence[str] | str | None = None, layers: Sequence[int] | None = None) -> None:
+        super().__init__(model, settings=settings, rank=rank, alpha=alpha, linears=linears, layers=layers, arms=(ORACLE,))

@@ -1,0 +1,271 @@
+"""Where the parts of a vision-language model are, for any Hugging Face model. Knows names and shapes; changes nothing."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from alula.errors import UserError, nearest
+
+# A decoder layer's token mixer. Order matters: a layer with several (BART) is known by the first.
+ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attn", "attention", "self_attention", "mixer")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+CONNECTOR_NAMES = (
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "language_projection",
+    "qformer",
+    "visual_embeddings_table",
+    "embed_vision",
+    "aligner",
+    "projector",
+)
+PARTS = ("decoder", "encoder", "connector")
+# The attribute by which a wrapper keeps what it wraps: ours, PEFT's.
+HOST_NAMES = ("host", "base_layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The parts of one model, as module paths for `model.get_submodule`.
+
+    Attributes:
+        decoder: the text stack that owns the decoder layers.
+        layers: every decoder layer, in order.
+        attention: each layer's self attention, or the cross or linear attention it has in its place.
+        mlp: each layer's MLP; empty where the layers hold its linears themselves (OPT, BART).
+        encoder: the modality encoders; empty in a text-only model.
+        connector: from encoder features to tokens of the decoder's width.
+        head: the output embeddings.
+        image_token_id: the id of the token that stands for one image feature; None in a text-only model.
+        hidden_size: width of the decoder.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                                      num_attention_heads=2, num_key_value_heads=2))
+        >>> parts = anatomy(model)
+        >>> parts.attention
+        ('model.layers.0.self_attn', 'model.layers.1.self_attn')
+        >>> list(parts.linears(model, pattern=["q_proj"], layers=[1]))
+        ['model.layers.1.self_attn.q_proj']
+    """
+
+    decoder: str
+    layers: tuple[str, ...]
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    encoder: tuple[str, ...]
+    connector: tuple[str, ...]
+    head: str | None
+    image_token_id: int | None
+    hidden_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.layers)
+
+    def part_of(self, path: str) -> str:
+        """The part that a module or parameter path lies in: decoder, encoder, connector, head or other.
+
+        The innermost part counts: Qwen-VL's merger, inside its encoder, is a connector.
+        """
+        roots = {root: "encoder" for root in self.encoder} | {root: "connector" for root in self.connector}
+        roots[self.decoder] = "decoder"
+        if self.head is not None:
+            roots[self.head] = "head"
+        holding = [root for root in roots if path == root or path.startswith(f"{root}.") or root == ""]
+        return roots[max(holding, key=len)] if holding else "other"
+
+    def linears(
+        self,
+        model: nn.Module,
+        *,
+        part: str = "decoder",
+        pattern: Sequence[str] | str | None = None,
+        layers: slice | Sequence[int] | None = None,
+    ) -> dict[str, nn.Linear]:
+        """The linear layers of one part by path, never the head's.
+
+        A path leads to what stands in the linear's place now: to its wrapper where there is one. What wrappers
+        themselves bring (experts, adapters) is not listed.
+
+        Args:
+            part: decoder (its layers only), encoder or connector.
+            pattern: names (``["q_proj", "v_proj"]``) or one regular expression for the whole last component of the path.
+                None is all.
+            layers: decoder layers by index, negative from the end; None is all.
+
+        Raises:
+            UserError: an unknown part, a layer that does not exist, or a name that matches nothing.
+        """
+        if part not in PARTS:
+            raise UserError(f"Unknown part '{part}'. {nearest(part, PARTS)}")
+        if layers is not None and part != "decoder":
+            raise UserError(f"Layers can be chosen in the decoder only, not in the {part}. Leave `layers` out.")
+        roots = self._chosen(layers) if part == "decoder" else getattr(self, part)
+        found = {
+            path: module
+            for root in roots
+            for path, module in walk(model.get_submodule(root), path=root)
+            if isinstance(module, nn.Linear) and self.part_of(path) == part
+        }
+        return _matching(found, pattern, part=part)
+
+    def image_mask(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """True where a token stands for an image feature."""
+        if self.image_token_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.image_token_id
+
+    def _chosen(self, layers: slice | Sequence[int] | None) -> tuple[str, ...]:
+        if layers is None or isinstance(layers, slice):
+            return self.layers[layers or slice(None)]
+        missing = [index for index in layers if not -self.num_layers <= index < self.num_layers]
+        if missing:
+            raise UserError(
+                f"There is no decoder layer {missing[0]}. The layers are 0 to {self.num_layers - 1}, "
+                f"or {-self.num_layers} to -1 from the end. Correct `layers`."
+            )
+        return tuple(self.layers[index] for index in layers)
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The anatomy of `model`; also if submodules are wrapped, or the whole model in PEFT's `PeftModel`.
+
+    Raises:
+        UserError: there is no decoder that generates text.
+    """
+    base = base_model(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    if not (hasattr(base, "get_decoder") and hasattr(base, "can_generate") and base.can_generate()):
+        raise _no_decoder(base)
+    config = base.config.get_text_config(decoder=True)
+    stack = _layer_list(base.get_decoder(), count=config.num_hidden_layers)
+    if stack is None:
+        raise _no_decoder(base)
+    layers = tuple(f"{paths[id(stack)]}.{index}" for index in range(len(stack)))
+    decoder = paths[id(stack)].rpartition(".")[0]
+    encoders = _encoders(base, stack=stack, paths=paths)
+    head = base.get_output_embeddings()
+    return Anatomy(
+        decoder=decoder,
+        layers=layers,
+        attention=_children(stack, layers, names=ATTENTION_NAMES),
+        mlp=_children(stack, layers, names=MLP_NAMES),
+        encoder=encoders,
+        connector=_connectors(model, decoder=decoder),
+        head=paths.get(id(head)) if head is not None else None,
+        image_token_id=getattr(base.config, "image_token_id", getattr(base.config, "image_token_index", None)),
+        hidden_size=config.hidden_size,
+    )
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """`model` without PEFT's outer shell."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def walk(module: nn.Module, *, path: str = "", original: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the original model below `module`, under the path of its outermost wrapper.
+
+    A wrapper is stepped through, and what it brings beside its host is left out.
+
+    Args:
+        original: give the path that it had before anything was wrapped, which may lead nowhere now.
+    """
+    inner, real = _unwrap(module, path)
+    yield path, inner
+    above = path if original else real
+    for name, child in inner.named_children():
+        yield from walk(child, path=f"{above}.{name}" if above else name, original=original)
+
+
+def _unwrap(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """What all wrappers around `module` hold, and its real path."""
+    children = dict(module.named_children())
+    for name in HOST_NAMES:
+        if name in children:
+            return _unwrap(children[name], f"{path}.{name}" if path else name)
+    return module, path
+
+
+def _layer_list(decoder: nn.Module, *, count: int) -> nn.ModuleList | None:
+    """The list of decoder layers: as many as the configuration says, with attention; not a text encoder's."""
+    found = {
+        path: module
+        for path, module in walk(decoder)
+        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0 and _first(module[0], ATTENTION_NAMES)
+    }
+    candidates = [path for path in found if "encoder" not in path.split(".")] or list(found)
+    return found[candidates[-1]] if candidates else None
+
+
+def _first(layer: nn.Module, names: Sequence[str]) -> str | None:
+    """The first of `names` that is a child of the layer, looking through wrappers; as a path below the layer."""
+    inner, real = _unwrap(layer, "")
+    children = dict(inner.named_children())
+    name = next((name for name in names if name in children), None)
+    return name if name is None or not real else f"{real}.{name}"
+
+
+def _children(stack: nn.ModuleList, layers: Sequence[str], *, names: Sequence[str]) -> tuple[str, ...]:
+    """Each layer's child of that kind; layers without one are left out."""
+    found = ((path, _first(layer, names)) for path, layer in zip(layers, stack, strict=True))
+    return tuple(f"{path}.{name}" for path, name in found if name is not None)
+
+
+def _encoders(base: nn.Module, *, stack: nn.ModuleList, paths: dict[int, str]) -> tuple[str, ...]:
+    """The encoders that the model names; a model without one answers with itself or with its decoder."""
+    candidates = [base.get_encoder(modality) for modality in ("image", "audio")]
+    own = [module for module in candidates if all(part is not stack for part in module.modules())]
+    return tuple(dict.fromkeys(paths[id(module)] for module in own))
+
+
+def _connectors(model: nn.Module, *, decoder: str) -> tuple[str, ...]:
+    """The outermost modules outside the decoder that bear a connector's name."""
+    found: list[str] = []
+    for path, _ in walk(model):
+        is_inside = any(path.startswith(f"{root}.") for root in [*found, decoder])
+        if path.rpartition(".")[2] in CONNECTOR_NAMES and not is_inside:
+            found.append(path)
+    return tuple(found)
+
+
+def _matching(found: dict[str, nn.Linear], pattern: Sequence[str] | str | None, *, part: str) -> dict[str, nn.Linear]:
+    """Those linears whose last path component matches; each pattern must match something."""
+    names = {path: path.rpartition(".")[2] for path in found}
+    known = sorted(set(names.values()))
+    words = [pattern] if isinstance(pattern, str) else known if pattern is None else list(pattern)
+    if not words:
+        raise UserError(f"No linear layer of the {part} is chosen. Known: {', '.join(known) or 'none'}. Name one or take another part.")
+    wanted: set[str] = set()
+    for word in words:
+        hits = {name for name in known if _fits(word, name, is_expression=isinstance(pattern, str))}
+        if not hits:
+            raise UserError(f"No linear layer of the {part} is called '{word}'. {nearest(word, known)} Choose from these.")
+        wanted |= hits
+    return {path: module for path, module in found.items() if names[path] in wanted}
+
+
+def _fits(word: str, name: str, *, is_expression: bool) -> bool:
+    if not is_expression:
+        return word == name
+    try:
+        return re.fullmatch(word, name) is not None
+    except re.error as error:
+        raise UserError(f"'{word}' is no regular expression: {error}. Correct it, or give a list of names.") from error
+
+
+def _no_decoder(model: nn.Module) -> UserError:
+    return UserError(
+        f"{type(model).__name__} has no decoder that generates text, so there are no layers to work on. Supported are models "
+        "that AutoModelForImageTextToText or AutoModelForCausalLM load, and ComposedVLM, which joins an encoder to a "
+        "language model. Load the model with its language-modelling head, or compose one."
+    )

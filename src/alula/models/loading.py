@@ -1,0 +1,128 @@
+"""A model and its processor by name, and the fingerprint by which a pool knows its base model again."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+
+from alula.errors import UserError, nearest
+from alula.models.anatomy import base_model, walk
+from alula.models.processors import first_line, load_processor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+EMBEDDED = "smol"
+# 64 kB of each tensor as float32: a hash of a 2B model in about a second.
+SAMPLED_VALUES = 16_384
+CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A vision-language model in eval mode and its processor.
+
+    Args:
+        name_or_path: a folder, the name of a hub repository, or ``smol``: the embedded default, which needs no network.
+        dtype: auto, float32, bfloat16 or float16. auto is the checkpoint's own, and float32 on a CPU, where half
+            precision is slower.
+        device: as torch names them (``cuda:1``); None is the accelerator if there is one, else the CPU.
+        attention: sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention.
+
+    Raises:
+        UserError: an unknown dtype, device or attention; nothing there; no vision-language model; a missing package.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"Unknown dtype '{dtype}'. {nearest(dtype, ('auto', *DTYPES))}")
+    if attention not in ATTENTIONS:
+        raise UserError(f"Unknown attention '{attention}'. {nearest(attention, ATTENTIONS)}")
+    place = find_device(device)
+    chosen = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES.get(dtype, "auto")
+    name = str(name_or_path)
+    if name == EMBEDDED:
+        from alula.models.smol import prepare_smol
+
+        name = str(prepare_smol())
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen, attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(name, error) from error
+    return model.to(place).eval(), load_processor(name)
+
+
+def find_device(device: str | None) -> torch.device:
+    """The device of that name; for None the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device.
+    """
+    if device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"Device '{device}' cannot be used: {first_line(error)} "
+            f"Here are: cpu{''.join(f', {name}' for name in _accelerators())}. Choose one of these, or leave it out."
+        ) from error
+    return place
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """64 hexadecimal digits that say which base model this is; the same with and without experts or adapters attached.
+
+    Covers the configuration's sizes and the name, shape and values of every parameter. Values count as float32, so that a
+    bfloat16 and a float32 copy of one checkpoint agree where the values are exact in both. Of a parameter of more than
+    16,384 values an evenly spaced sample is read: a change of a few single values may go unseen, training does not.
+    """
+    base = base_model(model)
+    digest = hashlib.sha256(json.dumps(_essentials(base), sort_keys=True).encode())
+    for name, parameter in sorted(_base_parameters(base)):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(_sample(parameter))
+    return digest.hexdigest()
+
+
+def _essentials(base: nn.Module) -> dict[str, object]:
+    config = getattr(base, "config", None)
+    if config is None:
+        return {}
+    configs = {"model": config, "decoder": config.get_text_config(decoder=True)}
+    return {part: {name: getattr(found, name, None) for name in CONFIG_FIELDS} for part, found in configs.items()}
+
+
+def _base_parameters(base: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of the original model under their original names: wrappers are stepped through."""
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, module in walk(base, original=True)
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _sample(parameter: nn.Parameter) -> bytes:
+    values = parameter.detach().reshape(-1)
+    stride = max(1, -(-values.numel() // SAMPLED_VALUES))
+    return values[::stride].to("cpu", torch.float32).numpy().tobytes()
+
+
+def _accelerators() -> list[str]:
+    kind = torch.accelerator.current_accelerator()
+    return [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())] if kind is not None else []
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    if "Unrecognized configuration class" in str(error):
+        return UserError(
+            f"'{name}' is no vision-language model that transformers knows. Models that AutoModelForImageTextToText loads "
+            "are accepted. For a text-only language model, join it to an image encoder with ComposedVLM first."
+        )
+    what = "is a folder, but no model can be loaded from it" if Path(name).is_dir() else "could not be loaded"
+    return UserError(
+        f"'{name}' {what}: {first_line(error)} A folder written by save_pretrained, the name of a hub repository or "
+        f"'{EMBEDDED}' is accepted. Check the path; for a hub name check the network, or download it before going offline."
+    )

@@ -1,0 +1,36 @@
+"""Gathers what closed-form routers know of a task: sums over the base model's activations, no sample."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alula.attach import Mixtures
+from alula.context import BASE
+from alula.routers.base import standardise
+
+
+@torch.no_grad()
+def observe(mixtures: Mixtures, name: str, inputs: Mapping[str, Any], *, tokens: bool = False) -> None:
+    """Adds one batch of a task to the statistics its routers decide by, in one pass of the base model.
+
+    Args:
+        name: the expert the batch belongs to, or ``base`` for general text that belongs to none.
+        inputs: a collated batch; what follows a row's first target is not looked at by the sample-level router.
+        tokens: also gather token-level sums, ``dim ** 2`` numbers per block: needed for levels token and combined.
+    """
+    seen: set[str] = set()
+
+    def at_site(path: str, block: str, x: Tensor, valid: Tensor) -> None:
+        routers, rows = mixtures.sites[path].routers, x[valid]
+        if name == BASE and "gate" in routers:
+            gate = routers["gate"]
+            gate.null_sum = gate.null_sum.to(x.device) + standardise(rows).double().sum(dim=0)
+        if "analytic" in routers and block not in seen:
+            seen.add(block)
+            routers["analytic"].observe(name, rows)
+
+    with mixtures.director.recording(observer=at_site if tokens else None):
+        features = mixtures.director.describe(inputs)
+    mixtures.prompt_router.observe(name, features)

@@ -1,0 +1,137 @@
+"""The run folder as it lies on disk. What is missing is empty, what cannot be read is named, nothing is computed."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from alula.errors import UserError
+from alula.files import read_json, read_jsonl
+
+T = TypeVar("T")
+Row = dict
+CELL_NAME = re.compile(r"^(?P<method>.+)-seed(?P<seed>\d+)(?P<rest>.*)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method with one seed in one order: a folder below ``cells/``.
+
+    Attributes:
+        state: ``finished``, ``crashed`` or ``unfinished`` (still running, or killed).
+        error: what it crashed with; empty otherwise.
+        scores: lines of ``scores.jsonl``; `cost`, `routing` and `examples` likewise, empty where the file is missing.
+    """
+
+    name: str
+    method: str
+    seed: int
+    folder: Path
+    state: str
+    error: str = ""
+    scores: tuple[Row, ...] = ()
+    cost: tuple[Row, ...] = ()
+    routing: tuple[Row, ...] = ()
+    examples: tuple[Row, ...] = ()
+    done: Row = field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        """Ways of using the trained model, in the order of the scores. Row 0 belongs to none: it is the base model."""
+        trained = [row["arm"] for row in self.scores if row["row"] > 0]
+        return list(dict.fromkeys(trained or [row["arm"] for row in self.scores]))
+
+    def predictions_path(self, row: int, arm: str, task: str) -> Path:
+        """Where the predictions behind one score are."""
+        return self.folder / "predictions" / f"row{row:02d}" / arm / f"{task}.jsonl"
+
+    def predictions(self, row: int, arm: str, task: str) -> list[Row]:
+        """The predictions behind one score; empty where the file is missing."""
+        path = self.predictions_path(row, arm, task)
+        return read_jsonl(path) if path.exists() else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder, read.
+
+    Attributes:
+        problems: files that exist and cannot be read, one sentence each.
+    """
+
+    folder: Path
+    recipe: Row
+    recipe_text: str
+    versions: Row
+    cells: tuple[Cell, ...]
+    problems: tuple[str, ...] = ()
+
+
+def read_run(folder: Path | str) -> Run:
+    """Everything in a run folder but the predictions, which are read where they are needed.
+
+    Raises:
+        UserError: no such folder, or no ``cells/`` in it.
+    """
+    home = Path(folder)
+    if not (home / "cells").is_dir():
+        found = ", ".join(sorted(path.name for path in home.iterdir())[:8]) if home.is_dir() else "nothing there"
+        raise UserError(
+            f"{home} is not a run folder: it has no 'cells' ({found or 'it is empty'}). "
+            "Give the folder that `alula run` wrote."
+        )
+    problems: list[str] = []
+    recipe_text = _optional(home / "recipe.yaml", lambda path: path.read_text(encoding="utf-8"), "", problems)
+    recipe = _optional(home / "recipe.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), {}, problems)
+    versions = _optional(home / "versions.json", read_json, {}, problems)
+    folders = sorted(path for path in (home / "cells").iterdir() if path.is_dir())
+    return Run(
+        folder=home,
+        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe_text=recipe_text,
+        versions=versions if isinstance(versions, dict) else {},
+        cells=tuple(_read_cell(path, problems) for path in folders),
+        problems=tuple(problems),
+    )
+
+
+def _optional(path: Path, read: Callable[[Path], T], default: T, problems: list[str]) -> T:
+    if not path.exists():
+        return default
+    try:
+        return read(path)
+    except (UserError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(f"{path.name}: {error}")
+        return default
+
+
+def _read_cell(folder: Path, problems: list[str]) -> Cell:
+    parts = CELL_NAME.match(folder.name)
+    crash = _optional(folder / "crashed.json", read_json, {}, problems)
+    done = _optional(folder / "done.json", read_json, {}, problems)
+    if (folder / "done.json").exists():
+        state = "finished"
+    else:
+        state = "crashed" if (folder / "crashed.json").exists() else "unfinished"
+    return Cell(
+        name=folder.name,
+        method=parts["method"] if parts else folder.name,
+        seed=int(parts["seed"]) if parts else 0,
+        folder=folder,
+        state=state,
+        error=str(crash.get("error", "")) if isinstance(crash, dict) and state == "crashed" else "",
+        scores=tuple(_optional(folder / "scores.jsonl", read_jsonl, [], problems)),
+        cost=tuple(_optional(folder / "cost.jsonl", read_jsonl, [], problems)),
+        routing=_rows(_optional(folder / "routing.json", read_json, [], problems)),
+        examples=_rows(_optional(folder / "examples.json", read_json, [], problems)),
+        done=done if isinstance(done, dict) else {},
+    )
+
+
+def _rows(value: object) -> tuple[Row, ...]:
+    """The objects of a JSON list; a single object is a list of one."""
+    found = value if isinstance(value, list) else [value]
+    return tuple(row for row in found if isinstance(row, dict) and row)

@@ -1,0 +1,279 @@
+"""The tables of a report as plain values for the template: summary, score matrices, what was lost and gained, cost."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from alula.evaluation.bootstrap import paired_interval
+from alula.report.definitions import METRICS, Metric
+from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
+from alula.report.format import UNKNOWN, show, show_amount, show_bytes, show_interval, show_time
+from alula.report.reading import Row, Run
+from alula.report.series import Member, Series
+
+View = dict[str, object]
+
+
+def colour_of(index: int) -> int:
+    """The palette number of the series or expert at `index`; after eight they come again."""
+    return index % NUM_COLOURS + 1
+
+
+def link_to(path: Path, page: Path) -> str:
+    """The address of `path` relative to the folder of `page`."""
+    return quote(Path(os.path.relpath(path, page.parent)).as_posix())
+
+
+def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> list[View]:
+    """A row for each series: every metric with spread, interval and sample count, and a bar of the average score."""
+    known = [one for one in series if np.isfinite(one.spread("average_score").mean)]
+    ends = [value for one in known for value in _ends(one)]
+    low, high = (min(ends, default=0.0) - 0.02, max(ends, default=1.0) + 0.02)
+    rows = []
+    for one in series:
+        seeds = [member.summaries["average_score"] for member in one.members]
+        bar = {"interval": one.interval("average_score"), "seeds": seeds, "low": low, "high": high, "colour": colours[one.name]}
+        mean = one.spread("average_score").mean
+        rows.append(
+            {
+                "name": one.name,
+                "colour": colours[one.name],
+                "is_reference": one.is_reference,
+                "is_partial": one.is_partial,
+                "stage": max((member.matrix.num_learnt for member in one.members), default=0),
+                "seeds": len(one.members),
+                "cells": [_summary_cell(one, metric) for metric in METRICS],
+                "bar": interval_bar(mean, **bar) if np.isfinite(mean) else "",
+            }
+        )
+    return rows
+
+
+def _ends(series: Series) -> list[float]:
+    interval = series.interval("average_score")
+    values = [member.summaries["average_score"] for member in series.members]
+    return values + ([interval.low, interval.high] if interval else [])
+
+
+def _summary_cell(series: Series, metric: Metric) -> View:
+    digits = 3 if metric.unit == "bits" else 1
+    over, interval = series.spread(metric.name), series.interval(metric.name)
+    is_signed = metric.name in ("backward_transfer", "base_bits_increase")
+    samples = series.num_samples(metric.name)
+    extremes = f"seeds from {show(over.min * metric.scale, digits=digits)} to {show(over.max * metric.scale, digits=digits)}"
+    return {
+        "text": show(over.mean * metric.scale, digits=digits, is_signed=is_signed),
+        "sd": show(over.sd * metric.scale, digits=digits) if np.isfinite(over.sd) else "",
+        "interval": show_interval(interval, scale=metric.scale, digits=digits),
+        "samples": samples if np.isfinite(over.mean) else 0,
+        "sort": over.mean if np.isfinite(over.mean) else -1e9,
+        "title": f"{metric.meaning} Here: {over.count} seeds, {samples} samples a seed, {extremes}.",
+    }
+
+
+def matrix_views(series: Sequence[Series], colours: dict[str, int], page: Path) -> list[View]:
+    """The score matrix of each series as a heat map, every number with the path of its predictions."""
+    return [_matrix_view(one, colours[one.name], page) for one in series if one.members]
+
+
+def _matrix_view(series: Series, colour: int, page: Path) -> View:
+    members, rows = series.alike(), series.mean_rows()
+    matrix = members[0].matrix
+    labels = ["base model", *(f"after {name}" for name in matrix.tasks)]
+    lines = []
+    for stage in range(len(rows)):
+        if not np.isfinite(rows[stage]).any():
+            continue
+        cells = [_matrix_cell(members, rows, stage, column, page) for column in range(len(matrix.names))]
+        lines.append({"label": labels[stage], "cells": cells})
+    return {
+        "name": series.name,
+        "colour": colour,
+        "heads": [{"name": n, "is_base": n in matrix.base_tasks, "count": int(matrix.counts[i])} for i, n in enumerate(matrix.names)],
+        "lines": lines,
+        "num_seeds": len(members),
+        "other_orders": len(series.members) - len(members),
+        "links": [
+            {"label": f"seed {member.cell.seed}", "href": link_to(member.cell.folder / "predictions", page)} for member in series.members
+        ],
+    }
+
+
+def _matrix_cell(members: list[Member], rows: np.ndarray, stage: int, column: int, page: Path) -> View:
+    matrix = members[0].matrix
+    name, value = matrix.names[column], float(rows[stage, column])
+    if not np.isfinite(value):
+        return {"text": UNKNOWN, "kind": "empty"}
+    is_bits = name in matrix.bits_tasks
+    unread = sum(member.unparsed.get((stage, name), 0) for member in members)
+    kind = "learnt" if name in matrix.tasks and stage == column + 1 else "future" if stage <= column < len(matrix.tasks) else ""
+    each = ", ".join(show(member.matrix.rows[stage, column] * (1 if is_bits else 100)) for member in members)
+    path = members[0].sources.get((stage, name))
+    return {
+        "text": show(value, digits=3) if is_bits else show(100 * value, digits=0),
+        "shade": 0 if is_bits else round(100 * min(max(value, 0.0), 1.0)),
+        "kind": kind + (" base" if name in matrix.base_tasks else ""),
+        "href": link_to(path, page) if path and path.exists() else None,
+        "title": f"{name}: {each} (each seed), n = {matrix.counts[column]}, unparsed {unread}",
+    }
+
+
+def change_view(series: Sequence[Series]) -> View:
+    """Per task and series: score at the end minus right after learning (base tasks: minus the base model's)."""
+    shown = [one for one in series if one.members and any(np.isfinite(_start(one.members[0], n)) for n in _names(one))]
+    names = list(dict.fromkeys(name for one in shown for name in _names(one)))
+    lines = [{"task": name, "cells": [_change_cell(one, name) for one in shown]} for name in names]
+    base = {name for one in shown for name in one.members[0].matrix.base_tasks}
+    return {"heads": [one.name for one in shown], "lines": [line | {"is_base": line["task"] in base} for line in lines]}
+
+
+def _names(series: Series) -> tuple[str, ...]:
+    matrix = series.members[0].matrix
+    return matrix.tasks[: matrix.num_learnt] + matrix.base_tasks
+
+
+def _first_stage(member: Member, name: str) -> int:
+    """The row a task is compared with: right after it was learnt; the base model's for a base task."""
+    return member.matrix.tasks.index(name) + 1 if name in member.matrix.tasks else 0
+
+
+def _start(member: Member, name: str) -> float:
+    stage = _first_stage(member, name)
+    rows = member.matrix.rows
+    return float(rows[stage, member.matrix.names.index(name)]) if stage < len(rows) else float("nan")
+
+
+def _change_cell(series: Series, name: str) -> View:
+    members = [m for m in series.members if name in m.matrix.names and name in _names(series)]
+    starts = [_start(member, name) for member in members]
+    if not members or not np.isfinite(starts).all():
+        return {"text": UNKNOWN, "kind": "empty"}
+    columns = [member.matrix.names.index(name) for member in members]
+    samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
+    before = np.mean([s.values[_first_stage(m, name)] for m, s in zip(members, samples, strict=True)], axis=0)
+    after = np.mean([s.values[-1] for s in samples], axis=0)
+    is_bits = name in members[0].matrix.bits_tasks
+    ends = [float(member.matrix.last[column]) for member, column in zip(members, columns, strict=True)]
+    change = float(np.mean(ends) - np.mean(starts))
+    interval = None if is_bits else paired_interval(after, before)
+    if all(_first_stage(member, name) == member.matrix.num_learnt for member in members):
+        return {"text": "learnt last", "kind": "empty"}
+    flips = [(s.values[_first_stage(m, name)], s.values[-1]) for m, s in zip(members, samples, strict=True)]
+    lost = sum(int((then > now).sum()) for then, now in flips)
+    gained = sum(int((then < now).sum()) for then, now in flips)
+    is_clear = interval is not None and interval.excludes(0.0)
+    scale, digits = (1.0, 3) if is_bits else (100.0, 1)
+    return {
+        "text": show(change * scale, digits=digits, is_signed=True),
+        "detail": "" if is_bits else f"−{lost} +{gained}",
+        "kind": "" if not is_clear else "worse" if change < 0 else "better",
+        "strength": round(min(abs(change) * 100, 100)),
+        "title": f"{show(np.mean(starts) * scale, digits=digits)} → {show(np.mean(ends) * scale, digits=digits)} "
+        f"{show_interval(interval)}; lost {lost}, gained {gained} of {sum(len(then) for then, _ in flips)} answers",
+    }
+
+
+def lost_answers(series: Sequence[Series], *, most: int = 2) -> list[View]:
+    """Some samples that were right after learning and are wrong at the end, for each series and task."""
+    found = []
+    for one in series:
+        for member in one.members[:1]:
+            for column, name in enumerate(member.matrix.tasks[: member.matrix.num_learnt]):
+                first = member.samples[column].values[column + 1], member.samples[column].values[-1]
+                for index in np.flatnonzero(first[0] > first[1])[:most]:
+                    found.append({"series": one.name, "task": name} | _answers(member, name, int(index), column + 1))
+    return found
+
+
+def _answers(member: Member, name: str, index: int, stage: int) -> View:
+    def line(row: int) -> Row:
+        path = member.sources[row, name]
+        return member.cell.predictions(row, path.parent.name, name)[index]
+
+    then, now = line(stage), line(member.matrix.num_learnt)
+    return {"question": then["prompt"].replace("<image>", "").strip(), "reference": then["reference"],
+            "then": then["output"], "now": now["output"], "is_parsed": now["parsed"]}  # fmt: skip
+
+
+def stage_charts(series: Sequence[Series], colours: dict[str, int]) -> list[View]:
+    """Average score over the tasks seen, and over base tasks, after each stage."""
+    whole = [one for one in series if one.members]
+    if not whole:
+        return []
+    tasks = whole[0].members[0].matrix.tasks
+    charts = []
+    for title, is_base in (("Average score on the tasks seen", False), ("Average score on base tasks", True)):
+        lines = [Line(label=one.name, colour=colours[one.name], points=_stage_points(one, is_base), is_dashed=one.is_reference) for one in whole]
+        drawn = line_chart(lines, x_labels=["base", *tasks], unit=lambda value: show(value, digits=0), description=title)
+        charts.append({"title": title, "note": "points, after each task", "svg": drawn})
+    return [chart for chart in charts if chart["svg"]]
+
+
+def _stage_points(series: Series, is_base: bool) -> tuple[tuple[float, float], ...]:
+    matrix, rows = series.members[0].matrix, series.mean_rows()
+    points = []
+    for stage in range(0 if is_base else 1, len(rows)):
+        names = matrix.base_tasks if is_base else matrix.tasks[:stage]
+        columns = [matrix.names.index(name) for name in names if name not in matrix.bits_tasks]
+        value = float(rows[stage, columns].mean()) if columns else float("nan")
+        if np.isfinite(value):
+            points.append((float(stage), 100 * value))
+    return tuple(points)
+
+
+COSTS = (
+    ("samples_seen", "Samples seen", "for each task", show_amount),
+    ("seconds", "Training time", "for each task", show_time),
+    ("trainable_parameters", "Trainable parameters", "while the task is learnt", show_amount),
+    ("stored_bytes", "Stored beside the base model", "after the task", show_bytes),
+)
+
+
+def cost_view(run: Run, colours: dict[str, int]) -> View:
+    """What each method costs against the number of tasks, mean over its cells: charts and totals."""
+    methods: dict[str, list[list[Row]]] = {}
+    for cell in run.cells:
+        if cell.cost and cell.state == "finished":
+            methods.setdefault(cell.method, []).append(list(cell.cost))
+    if not methods:
+        return {"charts": [], "lines": []}
+    most = max(len(rows) for cells in methods.values() for rows in cells)
+    charts = []
+    for key, title, note, unit in COSTS:
+        lines = [Line(label=name, colour=colours.get(name, 1), points=_cost_points(cells, key, most)) for name, cells in methods.items()]
+        drawn = line_chart(lines, x_labels=["", *(str(i + 1) for i in range(most))], unit=unit, description=title)
+        charts.append({"title": title, "note": f"{note}, by number of tasks", "svg": drawn})
+    totals = [_cost_totals(name, cells, colours.get(name, 1)) for name, cells in methods.items()]
+    return {"charts": [chart for chart in charts if chart["svg"]], "lines": totals}
+
+
+def _cost_points(cells: list[list[Row]], key: str, most: int) -> tuple[tuple[float, float], ...]:
+    points = []
+    for index in range(max(len(rows) for rows in cells)):
+        values = [rows[index][key] for rows in cells if index < len(rows) and rows[index].get(key) is not None]
+        is_joint = all(len(rows) == 1 for rows in cells)
+        if values:
+            points.append((float(most if is_joint else index + 1), float(np.mean(values))))
+    return tuple(points)
+
+
+def _cost_totals(name: str, cells: list[list[Row]], colour: int) -> View:
+    def total(key: str) -> float:
+        return float(np.mean([sum(row.get(key) or 0 for row in rows) for rows in cells]))
+
+    def last(key: str) -> float:
+        return float(np.mean([rows[-1].get(key) or 0 for rows in cells]))
+
+    values = [
+        (show_amount(total("samples_seen")), total("samples_seen")),
+        (show_amount(total("optimizer_targets")), total("optimizer_targets")),
+        (show(total("steps"), digits=0), total("steps")),
+        (show_time(total("seconds")), total("seconds")),
+        (show_amount(last("trainable_parameters")), last("trainable_parameters")),
+        (show_amount(last("stored_parameters")), last("stored_parameters")),
+        (show_bytes(last("stored_bytes")), last("stored_bytes")),
+    ]
+    return {"name": name, "colour": colour, "cells": [{"text": text, "sort": value} for text, value in values]}

@@ -1,0 +1,136 @@
+"""What may be said of a run, in sentences: nothing is called better that its noise could explain."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from markupsafe import Markup
+
+from alula.evaluation.bootstrap import Interval, percentile_interval
+from alula.report.format import show, show_interval
+from alula.report.series import Series
+
+
+def difference(first: Series, second: Series, metric: str = "average_score") -> tuple[float, Interval | None]:
+    """first - second, and its paired interval where both have predictions of the same tasks."""
+    gap = first.spread(metric).mean - second.spread(metric).mean
+    draws = first.resampled(metric), second.resampled(metric)
+    is_paired = len(draws[0]) == len(draws[1]) > 0 and _tasks(first) == _tasks(second)
+    return gap, percentile_interval(draws[0] - draws[1]) if is_paired else None
+
+
+def _tasks(series: Series) -> set[str]:
+    return set(series.members[0].matrix.tasks) if series.members else set()
+
+
+def seed_noise(series: Sequence[Series]) -> float:
+    """Twice the standard error of a difference of two means over seeds, from the pooled deviation; 0 for single seeds."""
+    spreads = [one.spread("average_score") for one in series]
+    several = [s for s in spreads if s.count > 1 and np.isfinite(s.sd)]
+    if not several:
+        return 0.0
+    pooled = np.sqrt(np.mean([s.sd**2 for s in several]))
+    return float(2 * pooled * np.sqrt(2 / np.mean([s.count for s in several])))
+
+
+def noise_level(series: Sequence[Series]) -> float | None:
+    """The difference of average scores below which nothing can be said: the larger of sample noise and seed noise."""
+    intervals = [difference(a, b)[1] for a, b in combinations(series, 2)]
+    widths = [interval.half_width for interval in intervals if interval is not None]
+    return max(float(np.median(widths)), seed_noise(series)) if widths else None
+
+
+def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: Sequence[str]) -> list[Markup]:
+    """The sentences, the most important first."""
+    whole = [one for one in series if one.members and not one.is_partial and np.isfinite(one.spread("average_score").mean)]
+    ours = [one for one in whole if not one.is_reference]
+    sentences: list[Markup] = []
+    if ours:
+        noise = noise_level(whole)
+        sentences += [_best(ours, noise), *_against(ours, noise), *_kept(ours[0]), *_references(ours[0], whole, noise)]
+        sentences += _noise(noise, whole)
+    else:
+        sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
+    if failed:
+        sentences.append(Markup("<b>Crashed</b>, and not in any mean: {}.").format(", ".join(failed)))
+    if waiting:
+        sentences.append(Markup("Not finished, and not in any mean where another seed has: {}.").format(", ".join(waiting)))
+    return sentences
+
+
+def _points(gap: float, interval: Interval | None, *, is_signed: bool = True) -> str:
+    return f"{show(100 * gap, is_signed=is_signed)} points {show_interval(interval)}".strip()
+
+
+def _is_noise(gap: float, interval: Interval | None, noise: float | None) -> bool:
+    return interval is None or not interval.excludes(0.0) or abs(gap) < (noise or 0.0)
+
+
+def _best(ours: Sequence[Series], noise: float | None) -> Markup:
+    best, over = ours[0], ours[0].spread("average_score")
+    seeds = f"{over.count} seeds" if over.count > 1 else "one seed"
+    said = Markup("After {} tasks <b>{}</b> has the highest average score of the methods: <b>{}</b> ({}, n = {}).").format(
+        best.members[0].matrix.num_learnt, best.name, _points(over.mean, best.interval("average_score"), is_signed=False),
+        seeds, best.num_samples("average_score"),
+    )  # fmt: skip
+    close = [other for other in ours[1:] if _is_noise(*difference(best, other), noise)]
+    if close:
+        listed = ", ".join(f"{other.name} ({_points(*difference(other, best))})" for other in close)
+        said += Markup(" It cannot be told apart from {}.").format(listed)
+    return said
+
+
+def _against(ours: Sequence[Series], noise: float | None) -> list[Markup]:
+    plain = next((one for one in ours[1:] if one.method == "finetune"), None)
+    if plain is None:
+        return []
+    gap, interval = difference(ours[0], plain)
+    judged = "which noise could explain" if _is_noise(gap, interval, noise) else "more than noise"
+    return [Markup("Against plain fine-tuning that is {}: {}.").format(_points(gap, interval), judged)]
+
+
+def _kept(best: Series) -> list[Markup]:
+    said = []
+    change, interval = best.spread("backward_transfer").mean, best.interval("backward_transfer")
+    if np.isfinite(change):
+        judged = _judge(change, interval, "nothing measurable was forgotten", "earlier tasks got better", "earlier tasks got worse")
+        said.append(Markup("Its backward transfer is {}: {}.").format(_points(change, interval), judged))
+    lost, interval = best.spread("base_forgetting").mean, best.interval("base_forgetting")
+    if np.isfinite(lost):
+        judged = _judge(-lost, _flip(interval), "no loss can be measured", "it gained", "it lost")
+        said.append(Markup("On what the base model could do before, {} ({}).").format(judged, _points(-lost, _flip(interval))))
+    bits, interval = best.spread("base_bits_increase").mean, best.interval("base_bits_increase")
+    if np.isfinite(bits):
+        judged = _judge(-bits, _flip(interval), "costs as many bits as before", "costs fewer bits", "costs more bits")
+        shown = show(bits, digits=3, is_signed=True), show_interval(interval, scale=1.0, digits=3)
+        said.append(Markup("Prose {} ({} bits a byte {}).").format(judged, *shown))
+    return said
+
+
+def _flip(interval: Interval | None) -> Interval | None:
+    return interval and Interval(low=-interval.high, high=-interval.low, level=interval.level)
+
+
+def _judge(gain: float, interval: Interval | None, same: str, better: str, worse: str) -> str:
+    if interval is None or not interval.excludes(0.0):
+        return same
+    return better if gain > 0 else worse
+
+
+def _references(best: Series, whole: Sequence[Series], noise: float | None) -> list[Markup]:
+    said = []
+    for reference in (one for one in whole if one.is_reference):
+        gap, interval = difference(reference, best)
+        what = "all tasks at once" if reference.method == "joint" else "told which task it is"
+        judged = "not to be told apart from it" if _is_noise(gap, interval, noise) else "more than noise"
+        said.append(Markup("The reference {} ({}) is at {}: {}.").format(reference.name, what, _points(gap, interval), judged))
+    return said
+
+
+def _noise(noise: float | None, whole: Sequence[Series]) -> list[Markup]:
+    if noise is None:
+        return []
+    seeds = seed_noise(whole)
+    reason = "seeds" if seeds == noise else "test samples"
+    single = "" if seeds else " One seed only: another start could change more than that."
+    return [Markup("<b>Differences under {} points are noise here</b> (from the {}, 95 %).{}").format(show(100 * noise), reason, single)]

@@ -1,0 +1,9 @@
+"""Weights over experts: a new router is one new file and one import line here."""
+
+from alula.routers.analytic import AnalyticRouter
+from alula.routers.arrow import ArrowRouter
+from alula.routers.base import ROUTERS, Router
+from alula.routers.gate import GateRouter
+from alula.routers.prompt import PromptRouter
+
+__all__ = ["ROUTERS", "AnalyticRouter", "ArrowRouter", "GateRouter", "PromptRouter", "Router"]

@@ -1,0 +1,101 @@
+"""The analytic router at sample level: one decision on the prompt, kept for the whole answer."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alula.context import BASE
+from alula.errors import UserError
+from alula.routers.base import standardise
+from alula.routers.statistics import RidgeStatistics
+
+
+def describe(
+    hidden: Float[Tensor, "batch tokens dim"],
+    prompt: Bool[Tensor, "batch tokens"],
+    image_mask: Bool[Tensor, "batch tokens"] | None,
+) -> Float[Tensor, "batch features"]:
+    """A prompt's description at one layer: mean standardised image token, mean standardised text token, and two marks.
+
+    Image and text are described apart, so that tasks which ask the same question are told apart by their images, and
+    tasks over the same images by their questions. `features` is ``2 * dim + 2``; the image half of a text-only prompt
+    is zero.
+    """
+    image = prompt & image_mask if image_mask is not None else torch.zeros_like(prompt)
+    halves = []
+    for mask in (image, prompt & ~image):
+        chosen = mask.unsqueeze(-1).float()
+        mean = (standardise(hidden) * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
+        halves.append(torch.where(mask.any(dim=1, keepdim=True), standardise(mean), torch.zeros_like(mean)))
+    has_image = image.any(dim=1, keepdim=True).float()
+    return torch.cat([*halves, has_image, torch.ones_like(has_image)], dim=-1)
+
+
+class PromptRouter:
+    """Classifies whole prompts by the base model's activations at a few layers, in closed form.
+
+    Scores of the layers are added. If general text was observed as ``base``, prompts that belong to no task go to the
+    base model. The decision needs one pass of the base model over the prompt and none for the answer.
+
+    Source: ours (see `RidgeStatistics`).
+    """
+
+    temperature = 10.0
+
+    def __init__(self, *, layers: Sequence[int], dim: int, ridge: float = 1e-2) -> None:
+        self.layers = tuple(layers)
+        self.statistics = [RidgeStatistics(2 * dim + 2, ridge=ridge) for _ in self.layers]
+        self._classifiers: list[Tensor] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Classes with statistics, sorted."""
+        return self.statistics[0].names
+
+    def observe(self, name: str, features: Sequence[Float[Tensor, "batch features"]]) -> None:
+        """Adds prompts of one task, one tensor per layer."""
+        for statistics, rows in zip(self.statistics, features, strict=True):
+            statistics.observe(name, rows)
+        self._classifiers = None
+
+    def remove(self, name: str) -> None:
+        """Forgets a task."""
+        for statistics in self.statistics:
+            statistics.forget(name)
+        self._classifiers = None
+
+    @torch.no_grad()
+    def log_weights(
+        self, features: Sequence[Float[Tensor, "batch features"]], *, experts: Sequence[str], temperature: float | None
+    ) -> Float[Tensor, "batch classes"]:
+        """Log-posterior over `experts` and, if observed, the base model (last column).
+
+        Raises:
+            UserError: an expert has no statistics.
+        """
+        known = self.names
+        missing = [name for name in experts if name not in known]
+        if missing:
+            raise UserError(
+                f"Router 'analytic' has no statistics of {', '.join(missing)}, so no prompt can be routed there. "
+                "Learn the task with alula, or gather them from its data with `Mixtures.fit`."
+            )
+        if self._classifiers is None:
+            self._classifiers = [statistics.solve() for statistics in self.statistics]
+        order = [known.index(name) for name in (*experts, *([BASE] if BASE in known else []))]
+        scores = sum(rows.float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
+        return (scores * (self.temperature if temperature is None else temperature)).log_softmax(dim=-1)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """One task's sums, by layer."""
+        pairs = zip(self.layers, self.statistics, strict=True)
+        return {f"{layer}.{key}": tensor for layer, sums in pairs for key, tensor in sums.stored(name).items()}
+
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Takes the sums back."""
+        for layer, statistics in zip(self.layers, self.statistics, strict=True):
+            prefix = f"{layer}."
+            statistics.restore(name, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+        self._classifiers = None

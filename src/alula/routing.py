@@ -1,0 +1,192 @@
+"""Who decides which experts speak in a forward: the hooks that build the context and hand it down."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, prompt_mask
+from alula.errors import UserError
+from alula.routers.prompt import describe
+
+if TYPE_CHECKING:
+    from alula.attach import Mixtures
+
+_NOT_IN_A_PROMPT_PASS = ("labels", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "num_logits_to_keep", KEYWORD)
+
+
+class Director:
+    """Builds each forward's `Context`.
+
+    A pre-hook on the model adds the context as one keyword; Transformers hands it down to the attention modules, where
+    a tap per layer puts it into the layer's cell. A sample-level decision is made once, on the prompt, and lives with
+    the `Cache` object of its generation: two interleaved generations do not disturb each other.
+    """
+
+    def __init__(self, mixtures: "Mixtures") -> None:
+        self.mixtures = mixtures
+        self._decided: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self._pending: ContextVar[Tensor | None] = ContextVar("alula_pending", default=None)
+        self._route: ContextVar[Tensor | None] = ContextVar("alula_route", default=None)
+        self._recorder: ContextVar[Recorder | None] = ContextVar("alula_recorder", default=None)
+        self._observer: ContextVar[Observer | None] = ContextVar("alula_observer", default=None)
+        self._hooks: list[Any] = []
+
+    def enter(self, cells: Sequence[Cell]) -> None:
+        """Places the hooks: one before and one after the model, one tap per layer."""
+        model, parts = self.mixtures.model, self.mixtures.anatomy
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+        for path, cell in zip(parts.attention, cells, strict=True):
+            tap = _tap(cell)
+            self._hooks.append(model.get_submodule(path).register_forward_pre_hook(tap, with_kwargs=True))
+
+    def leave(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @contextlib.contextmanager
+    def recording(self, *, recorder: Recorder | None = None, observer: Observer | None = None) -> Iterator[None]:
+        """Lets `recorder` see every mixture's weights and `observer` every mixture's input, inside the block."""
+        tokens = [(self._recorder, self._recorder.set(recorder)), (self._observer, self._observer.set(observer))]
+        try:
+            yield
+        finally:
+            for variable, token in tokens:
+                variable.reset(token)
+
+    @contextlib.contextmanager
+    def deciding(self, log_weights: Tensor) -> Iterator[None]:
+        """Takes `log_weights` (batch x classes) as every forward's sample-level decision, inside the block."""
+        token = self._route.set(log_weights)
+        try:
+            yield
+        finally:
+            self._route.reset(token)
+
+    @torch.no_grad()
+    def describe(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The prompt's features at the prompt router's layers: one pass of the base model."""
+        model, parts = self.mixtures.model, self.mixtures.anatomy
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise UserError("A sample-level decision needs `input_ids`; the call came without them. Pass token ids.")
+        valid = _valid(inputs.get("attention_mask"), ids)
+        prompt = prompt_mask(valid, inputs.get("labels"))
+        seen: dict[int, Tensor] = {}
+
+        def catch(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                seen[layer] = describe(hidden, prompt, parts.image_mask(ids))
+
+            return hook
+
+        layers = self.mixtures.prompt_router.layers
+        hooks = [
+            model.get_submodule(parts.layers[layer]).register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers
+        ]
+        try:
+            with self.mixtures.using(OFF):
+                model(**{key: value for key, value in inputs.items() if key not in _NOT_IN_A_PROMPT_PASS}, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [seen[layer] for layer in layers]
+
+    def decide(self, inputs: Mapping[str, Any], *, temperature: float | None = None) -> Tensor:
+        """Log-weights per sample over all experts and, if known, the base model (batch x classes)."""
+        router = self.mixtures.prompt_router
+        return router.log_weights(self.describe(inputs), experts=self.mixtures.names, temperature=temperature)
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = dict(kwargs)
+        if args:
+            inputs["input_ids"] = args[0]
+        return args, {**kwargs, KEYWORD: self.context(inputs)}
+
+    def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        pending, cache = self._pending.get(), getattr(output, "past_key_values", None)
+        if pending is not None and cache is not None:
+            self._decided[cache] = pending
+        self._pending.set(None)
+
+    def context(self, inputs: Mapping[str, Any]) -> Context:
+        """The context of a call with these keywords."""
+        routing, parts = self.mixtures.current, self.mixtures.anatomy
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        like = ids if ids is not None else embeds
+        if like is None:
+            raise UserError("The call has neither `input_ids` nor `inputs_embeds`. Pass one of them.")
+        shape = (int(like.shape[0]), int(like.shape[1]))
+        choice = self._choose(routing, inputs, shape, like.device)
+        return Context(
+            shape=shape,
+            routing=routing,
+            image_mask=parts.image_mask(ids) if ids is not None else None,
+            valid=_valid(inputs.get("attention_mask"), like),
+            recorder=self._recorder.get(),
+            observer=self._observer.get(),
+            **choice,
+        )
+
+    def _choose(self, routing: Routing, inputs: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
+        names = self.mixtures.names
+        everyone = tuple(range(len(names)))
+        if routing.gate_of is not None:
+            index = self.mixtures.index(routing.gate_of)
+            return {"active": (index,), "gate_of": index}
+        if routing.fixed is not None or not names:
+            chosen = {self.mixtures.index(name): weight for name, weight in (routing.fixed or {}).items()}
+            weights = torch.tensor(list(chosen.values()), device=device).expand(shape[0], -1)
+            return {"active": tuple(chosen), "weights": weights if chosen else None}
+        if routing.level == "token":
+            return {"active": everyone}
+        log_weights = self._prompt_decision(routing, inputs, shape)
+        if routing.level == "combined":
+            return {"active": everyone, "prior": log_weights if routing.router == "analytic" else log_weights[:, : len(names)]}
+        best, index = log_weights.topk(min(routing.top_k, log_weights.shape[-1]), dim=-1)
+        weights = torch.zeros_like(log_weights).scatter(-1, index, best.softmax(dim=-1))[:, : len(names)]
+        active = tuple(torch.nonzero(weights.any(dim=0)).flatten().tolist())
+        return {"active": active, "weights": weights[:, list(active)] if active else None}
+
+    def _prompt_decision(self, routing: Routing, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+        given, cache = self._route.get(), inputs.get("past_key_values")
+        decided = given if given is not None else (self._decided.get(cache) if cache is not None else None)
+        if decided is None:
+            if cache is not None and cache.get_seq_length() > 0:
+                raise UserError(
+                    "This cache was filled without a routing decision, so its answer cannot be continued under sample-level "
+                    "routing. Start the generation anew with the experts attached."
+                )
+            decided = self.decide(inputs, temperature=routing.temperature)
+            self._pending.set(decided)
+            if cache is not None:
+                self._decided[cache] = decided
+        if len(decided) != shape[0]:
+            if shape[0] % len(decided):
+                raise UserError(f"The routes of {len(decided)} prompts came to a batch of {shape[0]} rows. Generate for the same prompts.")
+            decided = decided.repeat_interleave(shape[0] // len(decided), dim=0)
+        return decided
+
+
+def _tap(cell: Cell) -> Any:
+    def tap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cell.enter(kwargs.get(KEYWORD))
+
+    return tap
+
+
+def _valid(attention_mask: Any, like: Tensor) -> Tensor:
+    batch, tokens = like.shape[:2]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -tokens:].bool()
+    return torch.ones(batch, tokens, dtype=torch.bool, device=like.device)

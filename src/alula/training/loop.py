@@ -1,0 +1,298 @@
+"""The loop over a stream, written out: read `learn`, `_learn_task`, `_train`, `_step` from top to bottom.
+
+It calls a method's verbs and never asks which method it has; it yields after each task and knows no evaluation.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from alula.data.stream import Stream, Task
+from alula.errors import UserError
+from alula.methods.base import Method, Stage
+from alula.objectives.next_token import num_targets
+from alula.training.archive import Archive, begin_stage, begin_task, recipe_of
+from alula.training.checkpoint import Checkpoint, Place, load_optimizer, optimizer_tensors
+from alula.training.order import Batch, Collate, Steps, seed_of
+from alula.training.records import Cost, LossLog, TaskLearnt
+from alula.training.settings import TrainSettings
+from alula.training.trackers import begin_trackers, end_trackers, make_accelerator
+from alula.training.trainable import describe, recompute_activations, set_modes, sum_gradients, sum_over_processes, trainable
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Teaches a model the tasks of a stream in order, and goes on where an interrupted run was.
+
+    Args:
+        model: the model itself, not one wrapped by DistributedDataParallel.
+        collator: samples -> tensors with ``labels`` (-100 where nothing is learnt).
+        folder: for losses.jsonl and checkpoint/; None: nothing is written and nothing resumed.
+        accelerator: None: one is made for the devices that are there.
+        trackers: names that Accelerate knows (tensorboard, wandb ...).
+        progress: a bar from `progress_bar`; None: no bar.
+        identity: whatever else makes this run this run (base model, data); a checkpoint of another one is refused.
+
+    Raises:
+        UserError: sharded training (FSDP, DeepSpeed), an unknown tracker, or a model that cannot recompute activations.
+
+    Example:
+        >>> from alula.data.sample import Sample
+        >>> from alula.methods import METHODS
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                                      num_attention_heads=2, num_key_value_heads=2))
+        >>> def collate(samples):
+        ...     ids = torch.tensor([[1, len(sample.question), len(sample.answer)] for sample in samples])
+        ...     return {"input_ids": ids, "labels": ids}
+        >>> settings = TrainSettings(steps=2)
+        >>> trainer = Trainer(model, METHODS["finetune_full"](model, settings=settings), collate, settings=settings, folder=None)
+        >>> stream = Stream(tasks=(Task(name="capitals", train=[Sample.ask("Kenya?", "Nairobi")], test=[]),))
+        >>> [(learnt.task.name, learnt.cost.optimizer_targets) for learnt in trainer.learn(stream)]
+        [('capitals', 64)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        collator: Collate,
+        *,
+        settings: TrainSettings,
+        folder: Path | None,
+        accelerator: Accelerator | None = None,
+        trackers: Sequence[str] = (),
+        progress: Progress | None = None,
+        identity: str = "",
+    ) -> None:
+        self.method = method
+        self.collator = collator
+        self.settings = settings
+        self.folder = folder
+        self.progress = progress
+        self.identity = identity
+        self.accelerator = make_accelerator(accelerator, trackers=trackers, folder=folder)
+        self.device = self.accelerator.device
+        self.model = model.to(self.device)
+        if settings.activation_checkpointing:
+            recompute_activations(model)
+        self.log = LossLog(folder / "losses.jsonl" if folder is not None and self.accelerator.is_main_process else None)
+        self.archive = Archive(folder, model=model, method=method, accelerator=self.accelerator, log=self.log)
+
+    def learn(self, stream: Stream) -> Iterator[TaskLearnt]:
+        """Yields after each task, while the model is as that task left it.
+
+        A resumed run does not train finished tasks again. If it was interrupted between two tasks, it first yields the
+        last finished one (`is_resumed`), whose evaluation may be incomplete; earlier ones are not yielded.
+
+        Raises:
+            UserError: a damaged or foreign checkpoint, a task without samples or targets, a loss that is not finite.
+        """
+        stream = self.method.arrange(stream)
+        self.recipe = recipe_of(self.settings, self.method, stream, identity=self.identity)
+        found = self.archive.load(recipe=self.recipe)
+        self.archive.restore(found, stream, seed=self.settings.seed)
+        start = found.place if found else Place()
+        begin_trackers(self.accelerator, settings=self.settings, folder=self.folder)
+        try:
+            if found and start == Place(task=start.task):
+                last = start.task - 1
+                yield TaskLearnt(index=last, task=stream.tasks[last], cost=Cost(**found.cost), is_resumed=True)
+                found = None
+            for index, task in enumerate(stream.tasks[start.task :], start.task):
+                self._learn_task(task, found, index=index)
+                found = None
+                yield TaskLearnt(index=index, task=task, cost=self.cost)
+        finally:
+            end_trackers(self.accelerator)
+
+    def _learn_task(self, task: Task, found: Checkpoint | None, *, index: int) -> None:
+        """All stages of one task; `found` is a checkpoint from the middle of this task, already restored, or None."""
+        self.clock = time.perf_counter()
+        self.cost = Cost(**found.cost) if found else Cost(task=task.name)
+        seeds = {"seed": self.settings.seed, "device": self.device}
+        if found is None:
+            begin_task(self.method, self.model, task, **seeds)
+        for number, stage in enumerate(self.method.stages(task)):
+            place = Place(task=index, stage=number)
+            if found and number < found.place.stage:
+                continue
+            is_resumed = found is not None and number == found.place.stage
+            if not is_resumed:
+                begin_stage(self.method, self.model, task, stage, **seeds)
+            # The caller's random state is its own: that of each step is set below.
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                if stage.gradient:
+                    self._train(task, stage, found.place if is_resumed else place, found.optimizer if is_resumed else {})
+                else:
+                    self._observe(task, stage)
+            self.method.end_stage(self.model, task, stage)
+        self.method.end_task(self.model, task)
+        self.model.eval()
+        stored = self.method.stored_tensors(self.model).values()
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+        self.cost = replace(self.cost, stored_parameters=sum(tensor.numel() for tensor in stored), stored_bytes=num_bytes)
+        self._save(Place(task=index + 1), {})
+
+    def _train(self, task: Task, stage: Stage, start: Place, moments: dict[str, Tensor]) -> None:
+        """The optimizer steps of one stage from `start` on."""
+        settings, parameters = self.settings, self._trainable(task, stage)
+        set_modes(self.model)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=stage.learning_rate, weight_decay=settings.weight_decay)
+        if moments:
+            load_optimizer(optimizer, parameters, moments)
+        data = self._data(task, stage)
+        loader = data.loader(range(start.step, stage.steps), num_workers=settings.num_workers)
+        with self._bar(task, stage, start=start.step, steps=stage.steps) as advance:
+            for step, batch in enumerate(loader, start.step):
+                torch.manual_seed(seed_of(settings.seed, task.name, stage.name, step, self.accelerator.process_index))
+                rate = stage.learning_rate * settings.rate_factor(step, steps=stage.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                where = {"task": task.name, "stage": stage.name, "step": step}
+                row = where | self._step(batch, parameters, optimizer, where=where) | {"learning_rate": rate}
+                self._count(steps=1, samples_seen=len(data.indices(step)), optimizer_targets=row["targets"])
+                if step % settings.log_every == 0 or step + 1 == stage.steps:
+                    self.log.append(row)
+                    values = {key: row[key] for key in ("loss", "gradient_norm", "learning_rate")}
+                    self.accelerator.log(values, step=self.log.num_rows)
+                advance(row["loss"])
+                if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < stage.steps:
+                    self._save(replace(start, step=step + 1), optimizer_tensors(optimizer, parameters))
+
+    def _step(
+        self,
+        batch: list[Batch],
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        where: dict[str, str | int],
+    ) -> dict:
+        """One optimizer step; its part of a row of losses.jsonl.
+
+        Each micro-batch's loss, a mean over its targets, counts with its share of the targets of the whole step over
+        all processes. A mean of means would weight the tokens of short answers more (gradients up to 83 % off).
+        """
+        place = "Task '{task}', stage '{stage}', step {step}".format(**where)
+        counts = [num_targets(part["labels"]) for part in batch]
+        total = int(sum_over_processes(torch.tensor(sum(counts), device=self.device), self.accelerator))
+        if total == 0:
+            raise UserError(
+                f"{place}: no sample of the batch has a target (label != -100). Each needs an answer that max_length does "
+                "not cut off. Raise max_length or drop the longest samples."
+            )
+        parts: dict[str, Tensor] = {}
+        for micro_batch, count in zip(batch, counts, strict=True):
+            if count == 0:  # its mean would be 0 / 0
+                continue
+            with self._precision():
+                losses = self.method.loss(self.model, send_to_device(micro_batch, self.device))
+            weighted = {name: value * (count / total) for name, value in losses.items()}
+            self.accelerator.backward(torch.stack(list(weighted.values())).sum())
+            for name, value in weighted.items():
+                parts[name] = parts.get(name, 0) + value.detach()
+        sum_gradients(list(parameters.values()), self.accelerator)
+        self.method.before_step(self.model)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), self.settings.gradient_clip or math.inf).item()
+        summed = self._sum_parts({name: float(value) for name, value in parts.items()})
+        loss = sum(summed.values())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"{place}: the loss is {loss}, the gradient norm {norm}; both must be finite. No step was taken and the last "
+                "checkpoint is good. Halve learning_rate, raise warmup_ratio, or set mixed_precision to 'no'; then run again."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss, "targets": total, "gradient_norm": norm} | ({"parts": summed} if len(summed) > 1 else {})
+
+    @torch.no_grad()
+    def _observe(self, task: Task, stage: Stage) -> None:
+        """A forward-only stage: each sample at most once, all of them on every process."""
+        self._say("Task '%s', stage '%s' trains nothing: the data goes through the model once.", task.name, stage.name)
+        self.model.eval()
+        data = self._data(task, stage)
+        steps = min(stage.steps, math.ceil(len(data.samples) / data.batch_size))
+        with self._bar(task, stage, start=0, steps=steps) as advance:
+            for step, batch in enumerate(data.loader(range(steps), num_workers=self.settings.num_workers)):
+                torch.manual_seed(seed_of(self.settings.seed, task.name, stage.name, step))
+                for micro_batch in batch:
+                    with self._precision():
+                        self.method.observe(self.model, send_to_device(micro_batch, self.device))
+                self._count(samples_seen=len(data.indices(step)))
+                advance(None)
+
+    def _trainable(self, task: Task, stage: Stage) -> dict[str, nn.Parameter]:
+        """What trains, said aloud and noted in the cost."""
+        parameters = trainable(self.model)
+        if not parameters:
+            raise UserError(
+                f"Task '{task.name}', stage '{stage.name}': nothing trains, no parameter requires gradients. "
+                f"{type(self.method).__name__}.begin_stage must set requires_grad on some, or give the stage gradient=False."
+            )
+        size = sum(parameter.numel() for parameter in parameters.values())
+        self.cost = replace(self.cost, trainable_parameters=max(size, self.cost.trainable_parameters))
+        self.method.trained.update(parameters)
+        self._say("Task '%s', stage '%s' trains %s parameters:\n%s", task.name, stage.name, f"{size:,}", describe(parameters))
+        return parameters
+
+    def _data(self, task: Task, stage: Stage) -> Steps:
+        samples = self.method.training_data(task)
+        if len(samples) == 0:
+            raise UserError(f"Task '{task.name}' has no training samples. Give it one or more, or take it out of the stream.")
+        sharded = stage.gradient
+        return Steps(
+            samples,
+            self.collator,
+            batch_size=self.settings.batch_size,
+            micro_batch_size=self.settings.micro_batch_size,
+            seed=self.settings.seed,
+            task=task.name,
+            stage=stage.name,
+            num_epochs=None if stage.gradient else 1,
+            process_index=self.accelerator.process_index if sharded else 0,
+            num_processes=self.accelerator.num_processes if sharded else 1,
+        )
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16")
+
+    def _sum_parts(self, parts: dict[str, float]) -> dict[str, float]:
+        """The parts of the loss over all processes; one without samples may have none."""
+        if self.accelerator.num_processes == 1:
+            return parts
+        every = gather_object([parts])
+        return {name: sum(part.get(name, 0.0) for part in every) for name in sorted({key for part in every for key in part})}
+
+    def _count(self, **more: int) -> None:
+        self.cost = replace(self.cost, **{name: getattr(self.cost, name) + number for name, number in more.items()})
+
+    def _save(self, place: Place, moments: dict[str, Tensor]) -> None:
+        now = time.perf_counter()
+        self.cost = replace(self.cost, seconds=self.cost.seconds + now - self.clock)
+        self.clock = now
+        self.archive.save(place, recipe=self.recipe, cost=self.cost, optimizer=moments)
+
+    def _say(self, message: str, *values: object) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message, *values)
+
+    @contextmanager
+    def _bar(self, task: Task, stage: Stage, *, start: int, steps: int) -> Iterator[Callable[[float | None], None]]:
+        """A row of the progress bar for one stage; the block gets what to call after each step."""
+        if self.progress is None or not self.accelerator.is_main_process:
+            yield lambda loss: None
+            return
+        label, progress = f"{task.name}, {stage.name}", self.progress
+        row = progress.add_task(label, total=steps, completed=start)
+        yield lambda loss: progress.update(row, advance=1, description=label if loss is None else f"{label}: loss {loss:.3f}")

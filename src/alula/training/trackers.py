@@ -1,0 +1,56 @@
+"""The accelerator and the trackers (TensorBoard, Weights & Biases ...) it hands losses to. It knows no model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from alula.errors import UserError, nearest
+from alula.training.settings import TrainSettings
+
+
+def make_accelerator(given: Accelerator | None, *, trackers: Sequence[str], folder: Path | None) -> Accelerator:
+    """`given`, or one for the devices that are there which writes to `trackers` below `folder`.
+
+    Raises:
+        UserError: an unknown or missing tracker, trackers without a folder or beside an accelerator of one's own, or
+            sharded training.
+    """
+    if given is None or trackers:
+        _check(given, trackers=trackers, folder=folder)
+    accelerator = given or Accelerator(log_with=list(trackers) or None, project_dir=folder)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"The accelerator is set to {accelerator.distributed_type.value}. alula trains on one device or data-parallel. "
+            "Choose MULTI_GPU or MULTI_CPU with `accelerate config`, or start with torchrun."
+        )
+    return accelerator
+
+
+def _check(given: Accelerator | None, *, trackers: Sequence[str], folder: Path | None) -> None:
+    known = {str(kind.value) for kind in LoggerType} - {"all"}
+    installed = {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}
+    for name in trackers:
+        if name not in known:
+            raise UserError(f"Unknown tracker '{name}'. {nearest(name, known)}")
+        if name not in installed:
+            raise UserError(f"The tracker '{name}' is not installed here. Install it (pip install {name}) or take it out.")
+    if trackers and given is not None:
+        raise UserError("Both an accelerator and trackers came. Give the accelerator its own log_with, and no trackers.")
+    if trackers and folder is None:
+        raise UserError(f"Trackers ({', '.join(trackers)}) need a folder to write to. Give the trainer one.")
+
+
+def begin_trackers(accelerator: Accelerator, *, settings: TrainSettings, folder: Path | None) -> None:
+    """Opens the trackers, with the settings as their configuration."""
+    if accelerator.log_with:
+        config = {key: value for key, value in settings.model_dump().items() if value is not None}
+        accelerator.init_trackers("trackers" if folder is None else folder.name, config=config)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Closes the trackers; unlike Accelerate's end_training it leaves the process group for the evaluation."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
