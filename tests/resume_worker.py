@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +35,15 @@ def tiny_model() -> LlamaForCausalLM:
 def samples(task: str, num_samples: int) -> list[Sample]:
     """Questions with answers of very different lengths."""
     return [Sample.ask(f"{task} {index}", "abcdefghij"[: 1 + (7 * index) % 10]) for index in range(num_samples)]
+
+
+def pictures(name: str, num_samples: int) -> list[Sample]:
+    """Questions about one-coloured pictures."""
+    colours = ("red", "green", "blue")
+    return [
+        Sample.ask(f"{name} {index}?", colours[index % 3], images=(Image.new("RGB", (40, 40), colours[index % 3]),))
+        for index in range(num_samples)
+    ]
 
 
 def stream() -> Stream:
@@ -68,7 +78,8 @@ class LastLayer(Method):
     def stages(self, task: Task) -> tuple[Stage, ...]:
         statistics = Stage(name="statistics", steps=99, learning_rate=0.0, gradient=False)
         rate = self.settings.learning_rate
-        return (Stage(name="train", steps=self.settings.steps, learning_rate=rate), statistics, Stage(name="tune", steps=4, learning_rate=rate))
+        train = Stage(name="train", steps=self.settings.steps, learning_rate=rate)
+        return (train, statistics, Stage(name="tune", steps=4, learning_rate=rate))
 
     def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
         for name, parameter in model.named_parameters():

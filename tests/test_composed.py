@@ -183,7 +183,7 @@ def test_embeddings_in_place_of_ids_give_the_same_logits(processor: ComposedProc
 def test_mismatch_of_placeholders_and_images_is_a_user_error(processor: ComposedProcessor) -> None:
     model = tiny_model()
     batch = batch_of(processor, ["<image>a"], [[picture(1)]])
-    with pytest.raises(UserError, match="4 image placeholders .* with 2 images"):
+    with pytest.raises(UserError, match=r"4 image placeholders .* with 2 images"):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"].repeat(2, 1, 1, 1))
     with pytest.raises(UserError, match="with 0 images"):
         model(input_ids=batch["input_ids"])

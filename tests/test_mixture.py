@@ -75,7 +75,7 @@ def test_checkpointing_gives_the_same_gradients(family):
         mixtures.routing = Routing(fixed={"one": 1.0})
         model.train()
         for module in model.modules():
-            for name in ("p", "drop_prob", "dropout", "activation_dropout", "layerdrop"):
+            for name in ("p", "drop_prob", "dropout", "activation_dropout", "attention_dropout", "layerdrop"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         if checkpointing:

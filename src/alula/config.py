@@ -169,3 +169,23 @@ def _known_keys(location: tuple) -> list[str]:
         annotation = kind.model_fields[part].annotation
         kind = next((inner for inner in get_args(annotation) if isinstance(inner, type)), annotation)
     return list(kind.model_fields)
+
+
+def check_train(raw: dict[str, Any]) -> TrainSettings:
+    """`raw` as training settings.
+
+    Raises:
+        UserError: an unknown key (with the nearest known) or a bad value.
+    """
+    try:
+        return TrainSettings.model_validate(raw)
+    except ValidationError as error:
+        known = TrainSettings.model_fields
+        raise UserError(
+            "\n".join(
+                f"Unknown setting '{problem['loc'][0]}'. {nearest(str(problem['loc'][0]), known)}"
+                if problem["type"] == "extra_forbidden"
+                else f"Setting '{problem['loc'][0]}' is {problem['input']!r}: {problem['msg']}. Correct the value."
+                for problem in error.errors()
+            )
+        ) from error

@@ -14,7 +14,7 @@ KEYWORD = "alula_context"
 BASE = "base"
 """The name of the null expert: the untouched model."""
 
-Recorder = Callable[[str, Float[Tensor, "batch tokens experts"]], None]
+Recorder = Callable[[str, Float[Tensor, "batch tokens active"], tuple[int, ...]], None]
 Observer = Callable[[str, str, Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]], None]
 
 

@@ -103,7 +103,7 @@ def read_jsonl(path: Path | str) -> list[dict]:
         UserError: no such file, or a line that is not a JSON object (with its number).
     """
     rows: list[dict] = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

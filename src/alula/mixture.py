@@ -60,7 +60,7 @@ class Mixture(nn.Module):
             return out
         weights = self.weights(tokens, context)
         if context.recorder is not None:
-            context.recorder(self.path, weights.detach())
+            context.recorder(self.path, weights.detach(), context.active)
         return out + self.experts(tokens, weights, active=context.active).view_as(out).to(out.dtype)
 
     def weights(self, x: Tensor, context: Context) -> Tensor:

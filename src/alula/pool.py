@@ -10,6 +10,7 @@ from alula.experts.lora import check_name
 from alula.files import read_json, read_tensors, sha256, write_json, write_tensors
 from alula.models import base_fingerprint
 from alula.peft_format import CONFIG, TENSORS, read_adapter, write_adapter
+from alula.routers.named import ROUTINGS
 
 MANIFEST, ROUTER = "pool.json", "router.safetensors"
 FORMAT = 1
@@ -26,9 +27,20 @@ class Pool:
         self.folder, self.manifest = Path(folder), manifest
 
     @classmethod
-    def create(cls, folder: Path | str, mixtures: Mixtures, *, base: str, linears: list[str] | str | None = None,
-               layers: list[int] | None = None) -> "Pool":
+    def create(
+        cls,
+        folder: Path | str,
+        mixtures: Mixtures,
+        *,
+        base: str,
+        linears: list[str] | str | None = None,
+        layers: list[int] | None = None,
+        arm: str = "analytic",
+    ) -> "Pool":
         """Starts an empty pool for the model that `mixtures` is on.
+
+        Args:
+            arm: how its experts are chosen, one of `ROUTINGS`.
 
         Raises:
             UserError: there is a pool in the folder already.
@@ -40,7 +52,7 @@ class Pool:
             "base": {"name": base, "fingerprint": base_fingerprint(mixtures.model)},
             "linears": linears,
             "layers": layers,
-            "routing": None,
+            "arm": arm,
             "experts": [],
         }
         pool = cls(folder, manifest)
@@ -74,10 +86,14 @@ class Pool:
         return self.manifest["base"]["name"]
 
     @property
+    def arm(self) -> str:
+        """How this pool's experts are chosen, by name."""
+        return self.manifest["arm"]
+
+    @property
     def routing(self) -> Routing:
-        """How this pool's experts are chosen: what it was made with, else the analytic router per sample."""
-        saved = self.manifest.get("routing")
-        return Routing(**saved) if saved else Routing(router="analytic", level="sample")
+        """How this pool's experts are chosen."""
+        return ROUTINGS[self.arm]
 
     def expert_folder(self, name: str) -> Path:
         """Where an expert lives.
@@ -133,12 +149,6 @@ class Pool:
         manifest = {**self.manifest, "experts": [*self.manifest["experts"], entry]}
         write_json(self.folder / MANIFEST, manifest)
         self.manifest = manifest
-
-    def set_routing(self, routing: Routing) -> None:
-        """Keeps how experts are to be chosen."""
-        saved = {key: value for key, value in vars(routing).items() if value is not None}
-        self.manifest = {**self.manifest, "routing": saved}
-        write_json(self.folder / MANIFEST, self.manifest)
 
 
 def _write_router(mixtures: Mixtures, name: str, path: Path) -> None:

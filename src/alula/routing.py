@@ -72,6 +72,16 @@ class Director:
         finally:
             self._route.reset(token)
 
+    @contextlib.contextmanager
+    def on_prompts(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Decides on a batch's prompts (what precedes the labels, if there are any) and holds to it inside the block."""
+        routing = self.mixtures.current
+        if routing.router is None or routing.level == "token" or not self.mixtures.names:
+            yield
+            return
+        with self.deciding(self.decide(inputs, temperature=routing.temperature)):
+            yield
+
     @torch.no_grad()
     def describe(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The prompt's features at the prompt router's layers: one pass of the base model."""

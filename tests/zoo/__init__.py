@@ -1,8 +1,8 @@
 """Fifteen tiny random vision-language models of real transformers architectures, built offline with their real processors.
 
-    from zoo import BUILDERS, build, example_batch
-    model, processor = build("qwen2_vl")
-    model(**example_batch("qwen2_vl", processor))
+from zoo import BUILDERS, build, example_batch
+model, processor = build("qwen2_vl")
+model(**example_batch("qwen2_vl", processor))
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .towers import tower_builders
 from .parts import picture
 from .qwen import qwen_builders
 from .special import special_builders
+from .towers import tower_builders
 
 BUILDERS = {**qwen_builders, **tower_builders, **special_builders}
 
@@ -82,7 +82,7 @@ def example_batch(
     if text_only and name in NO_TEXT_ONLY:
         raise ValueError(f"{name} has no forward without an image")
     text = prompts(name, processor, text_only=text_only, batch=batch)
-    options: dict[str, Any] = dict(padding=True, padding_side="left", return_tensors="pt")
+    options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if text_only and name in NEEDS_IMAGES:
         inputs = processor.tokenizer(text, **options)
         if name == "paligemma":  # 0: prompt, read in both directions

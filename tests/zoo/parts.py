@@ -11,11 +11,36 @@ VOCAB_SIZE = 512
 HIDDEN_SIZE = 64
 NUM_LAYERS = 4
 
-SPECIAL_TOKENS = (
-    "<pad> <s> </s> <unk> <image> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> <|im_start|> <|im_end|> "
-    "<fake_token_around_image> <global-img> <end_of_utterance> <video> <IMG_CONTEXT> <img> </img> <start_of_image> "
-    "<end_of_image> <image_soft_token> <|image|> <IMG_ATOM> <IMG_START> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END>"
-).split() + [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+SPECIAL_TOKENS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<video>",
+    "<IMG_CONTEXT>",
+    "<img>",
+    "</img>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<|image|>",
+    "<IMG_ATOM>",
+    "<IMG_START>",
+    "<IMG_GRID>",
+    "<IMG_COL>",
+    "<IMG_ROW>",
+    "<IMG_END>",
+] + [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 
 CORPUS = (
     "what colour is the square?",
@@ -34,19 +59,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-TEXT: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=HIDDEN_SIZE,
-    intermediate_size=128,
-    num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-VISION: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP: dict[str, Any] = dict(VISION, model_type="clip_vision_model", num_hidden_layers=3, image_size=28, patch_size=14)
 SIGLIP: dict[str, Any] = dict(VISION, model_type="siglip_vision_model", num_hidden_layers=3, image_size=28, patch_size=14)
 

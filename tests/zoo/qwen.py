@@ -11,7 +11,7 @@ from alula.models.processors import MissingVideo, images_only
 from .parts import HIDDEN_SIZE, TEXT, chat_template, make_tokenizer
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-PATCHES = dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
+PATCHES = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2}
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:

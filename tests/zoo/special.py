@@ -7,23 +7,23 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .parts import HIDDEN_SIZE, SIGLIP, TEXT, VISION, VOCAB_SIZE, chat_template, make_tokenizer
 
-SQUARE = dict(image_size=28, patch_size=14)
-SEQ2SEQ = dict(
-    vocab_size=VOCAB_SIZE,
-    d_model=HIDDEN_SIZE,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=128,
-    decoder_ffn_dim=128,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=2,
-    forced_eos_token_id=2,
-)
+SQUARE = {"image_size": 28, "patch_size": 14}
+SEQ2SEQ = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": HIDDEN_SIZE,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
 
 
 def paligemma() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -42,9 +42,7 @@ def paligemma() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer = make_tokenizer(
-        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
-    )
+    tokenizer = make_tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     layers = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 16, "sliding_window": 32, "layer_types": layers},
@@ -65,9 +63,7 @@ def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def mllama() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = make_tokenizer(image_token="<|image|>")
-    vision = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=2, **SQUARE
-    )
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=2, **SQUARE)
     config = transformers.MllamaConfig(
         text_config={**TEXT, "cross_attention_layers": [1, 3]},
         vision_config=dict(vision, max_num_tiles=4, intermediate_layers_indices=[0, 1], vision_output_dim=96),
@@ -81,7 +77,7 @@ def mllama() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def florence2() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = make_tokenizer(image_token="<image>")
-    four = dict(depths=[1] * 4, embed_dim=[16, 16, 32, 32], num_heads=[2] * 4, num_groups=[2] * 4)
+    four = {"depths": [1] * 4, "embed_dim": [16, 16, 32, 32], "num_heads": [2] * 4, "num_groups": [2] * 4}
     config = transformers.Florence2Config(
         text_config=dict(SEQ2SEQ, model_type="bart"),
         vision_config=dict(four, window_size=4, projection_dim=HIDDEN_SIZE, max_position_embeddings=16),
@@ -96,19 +92,19 @@ def florence2() -> tuple[PreTrainedModel, ProcessorMixin]:
 def blip_2() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = make_tokenizer()
     config = transformers.Blip2Config(
-        text_config=dict(
-            model_type="opt",
-            vocab_size=VOCAB_SIZE,
-            hidden_size=HIDDEN_SIZE,
-            ffn_dim=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            word_embed_proj_dim=HIDDEN_SIZE,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
+        text_config={
+            "model_type": "opt",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN_SIZE,
+            "ffn_dim": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": HIDDEN_SIZE,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         vision_config=dict(VISION, **SQUARE, initializer_range=0.02),  # its default of 1e-10 is blind
         qformer_config=dict(VISION, encoder_hidden_size=32, vocab_size=VOCAB_SIZE),
         num_query_tokens=4,

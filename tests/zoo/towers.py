@@ -10,9 +10,9 @@ from alula.models.processors import MissingVideo, images_only
 from .parts import CLIP, HIDDEN_SIZE, SIGLIP, TEXT, VISION, VOCAB_SIZE, chat_template, make_tokenizer
 
 GRIDS = [[28, 56], [56, 28], [56, 56]]
-CROP = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-FEATURES = dict(vision_feature_layer=-2, vision_feature_select_strategy="default")
-CLIP_TOKENS = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+FEATURES = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+CLIP_TOKENS = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 TILED = dict(VISION, image_size=28, patch_size=7)
 
 
@@ -43,16 +43,14 @@ def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     images = transformers.LlavaNextImageProcessorPil(image_grid_pinpoints=GRIDS, **CROP)
     template = chat_template("<image>")
-    processor = transformers.LlavaNextProcessor(
-        image_processor=images, tokenizer=tokenizer, chat_template=template, **CLIP_TOKENS
-    )
+    processor = transformers.LlavaNextProcessor(image_processor=images, tokenizer=tokenizer, chat_template=template, **CLIP_TOKENS)
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
 def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = make_tokenizer(image_token="<image>", video_token="<video>")
     grids = [[28, 28], *GRIDS]
-    features = dict(vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9")
+    features = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
     config = transformers.LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **TEXT},
         vision_config=SIGLIP,
@@ -63,9 +61,7 @@ def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
         **features,
     )
     processor = images_only(transformers.LlavaOnevisionProcessor)(
-        image_processor=transformers.LlavaOnevisionImageProcessorPil(
-            size={"height": 28, "width": 28}, image_grid_pinpoints=grids
-        ),
+        image_processor=transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grids),
         tokenizer=tokenizer,
         video_processor=MissingVideo({"video_processor_type": "LlavaOnevisionVideoProcessor"}),
         num_image_tokens=4,
@@ -85,9 +81,7 @@ def idefics3() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     images = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     template = chat_template("<image>")
-    processor = transformers.Idefics3Processor(
-        image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=template
-    )
+    processor = transformers.Idefics3Processor(image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=template)
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
@@ -106,9 +100,7 @@ def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
         scale_factor=2,
     )
     processor = images_only(transformers.SmolVLMProcessor)(
-        image_processor=transformers.SmolVLMImageProcessorPil(
-            size={"longest_edge": 56}, max_image_size={"longest_edge": 28}
-        ),
+        image_processor=transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
         tokenizer=tokenizer,
         video_processor=MissingVideo({"video_processor_type": "SmolVLMVideoProcessor"}),
         image_seq_len=4,

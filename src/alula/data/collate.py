@@ -33,10 +33,17 @@ class Collator:
         UserError: the processor lacks a chat template, a padding token or a fast tokenizer.
 
     Example:
-        >>> collator = Collator(processor)                                   # doctest: +SKIP
-        >>> batch = collator([Sample.ask("What is the capital of Kenya?", "Nairobi")])  # doctest: +SKIP
-        >>> processor.tokenizer.decode(batch["input_ids"][batch["labels"] != -100])     # doctest: +SKIP
-        'Nairobi<|im_end|>'
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+        >>> words = ["<pad>", "</s>", "USER:", "BOT:", "Capital", "of", "Kenya?", "Nairobi"]
+        >>> table = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+        >>> table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=table, pad_token="<pad>", eos_token="</s>")
+        >>> turns = "{% for m in messages %}{{ {'user': 'USER: ', 'assistant': ' BOT: '}[m.role] + m.content[0].text }}{% endfor %}"
+        >>> processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=turns)
+        >>> batch = Collator(processor)([Sample.ask("Capital of Kenya?", "Nairobi")])
+        >>> tokenizer.decode(batch["input_ids"][batch["labels"] != -100])
+        'Nairobi </s>'
     """
 
     def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None) -> None:
@@ -94,16 +101,12 @@ class Collator:
         """
         if len(samples) != len(options):
             raise UserError(f"{len(options)} lists of options came for {len(samples)} samples. Give one list a sample.")
-        answered = [
-            _answered(sample, option) for sample, several in zip(samples, options, strict=True) for option in several
-        ]
+        answered = [_answered(sample, option) for sample, several in zip(samples, options, strict=True) for option in several]
         rows = [self._opened(self._renderer.conversation(sample)) for sample in answered]
         last = [row.turns[-1] for row in rows]
         return self._with_labels(answered, rows, [(replace(turn, end=turn.content_end),) for turn in last])
 
-    def _with_labels(
-        self, samples: Sequence[Sample], rows: Sequence[Rendered], targets: Sequence[tuple[Turn, ...]]
-    ) -> dict[str, Tensor]:
+    def _with_labels(self, samples: Sequence[Sample], rows: Sequence[Rendered], targets: Sequence[tuple[Turn, ...]]) -> dict[str, Tensor]:
         batch = self._encode(samples, [row.text for row in rows], side="right")
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for i, (sample, row, turns) in enumerate(zip(samples, rows, targets, strict=True)):
@@ -140,9 +143,7 @@ class Collator:
             cursor = end
         return places
 
-    def _encode(
-        self, samples: Sequence[Sample], texts: list[str], *, side: Literal["left", "right"]
-    ) -> dict[str, Tensor]:
+    def _encode(self, samples: Sequence[Sample], texts: list[str], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
         images = [sample.open_images() for sample in samples]
         with _padded(self.tokenizer, side):
             if self._is_prefix_lm and not all(images):
@@ -153,9 +154,7 @@ class Collator:
         self._check_lengths(samples, batch["attention_mask"])
         return batch
 
-    def _process(
-        self, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]
-    ) -> dict[str, Tensor]:
+    def _process(self, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
         """One call of the processor; images as one list a row, which all processors read, or None for text only."""
         try:
             made = self.processor(
@@ -173,9 +172,7 @@ class Collator:
             ) from error
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
-    def _encode_prefix_lm(
-        self, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]
-    ) -> dict[str, Tensor]:
+    def _encode_prefix_lm(self, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
         """As `_process`, but text-only rows bypass the processor, which would write <bos> into their middle."""
         rows: list[list[int]] = []
         pixels: list[Tensor] = []

@@ -1,6 +1,6 @@
 """One row of a data file -> one `Sample`, whichever of the usual forms the row has. It opens no data file.
 
-The forms are those of LLaVA, of OpenAI and LLaMA-Factory, of TRL, and plain question and answer; see `FORMS`.
+The forms are those of LLaVA, of OpenAI and LLaMA-Factory, of TRL, of FineVision, and plain ones; see `FORMS`.
 """
 
 import base64
@@ -31,8 +31,8 @@ OPTIONAL = ("id", "image", "images", "options", "accepted", "language")
 def sample_from_row(row: Row, *, origin: str, image_root: Path) -> Sample:
     """The sample that `row` describes.
 
-    A row names its pictures in ``image`` or ``images`` (a path, a list of paths, a data: URI, or ``{"bytes", "path"}``),
-    or inside typed parts. Each ``<image>`` and each image part takes the next of them; if there is neither, the images
+    A row names its images in ``image`` or ``images`` (a path, a data: URI, ``{"bytes", "path"}`` or a list of these) or
+    inside typed parts. Each ``<image>`` and each image part takes the next of them; if there is neither, the images
     come before the first question. Keys that mean nothing here are ignored, unless they look like a misspelt one.
 
     Args:
@@ -84,11 +84,18 @@ def _from_prompt(row: Row, origin: str) -> Turns:
 
 def _from_question(row: Row, origin: str) -> Turns:
     answers = _strings(row["answer"], "answer", origin)
-    return [("user", str(row["question"])), ("assistant", answers[0] if answers else "")]
+    return [("user", _string(row["question"], "question", origin)), ("assistant", answers[0] if answers else "")]
+
+
+def _from_texts(row: Row, origin: str) -> Turns:
+    pairs = row["texts"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) and {"user", "assistant"} <= set(pair) for pair in pairs):
+        raise UserError(f"{origin}: 'texts' is {_shown(pairs)}, a list of {{'user', 'assistant'}} objects is wanted.")
+    return [(role, _string(pair[role], role, origin)) for pair in pairs for role in ("user", "assistant")]
 
 
 def _from_text(row: Row, origin: str) -> Turns:
-    return [("assistant", row["text"])]
+    return [("assistant", _string(row["text"], "text", origin))]
 
 
 FORMS: dict[tuple[str, ...], Callable[[Row, str], Turns]] = {
@@ -96,6 +103,7 @@ FORMS: dict[tuple[str, ...], Callable[[Row, str], Turns]] = {
     ("conversations",): _from_conversations,
     ("prompt", "completion"): _from_prompt,
     ("question", "answer"): _from_question,
+    ("texts",): _from_texts,
     ("text",): _from_text,
 }
 """The keys that tell a row's form, and what reads it; the first that fits is taken."""
@@ -119,9 +127,9 @@ def _refuse_lost_keys(row: Row, origin: str) -> None:
             continue
         if key in ("video", "videos", "audio", "audios"):
             raise UserError(f"{origin}: '{key}' cannot be read. Text and images can. Drop the row or the key.")
-        hint = nearest(key, known - row.keys())
+        hint = nearest(key, set(OPTIONAL) - row.keys())
         looks_like_image = "image" not in row and "images" not in row and _names_a_picture(key, value)
-        if looks_like_image or _is_misspelt(key, known - row.keys()):
+        if looks_like_image or _is_misspelt(key, set(OPTIONAL) - row.keys()):
             raise UserError(f"{origin}: unknown key '{key}'. {hint} Rename the key, or remove it.")
 
 
@@ -179,7 +187,7 @@ def _place_images(
             if own is not None:
                 images.append(_source(own, origin=origin, image_root=image_root))
             else:
-                images.extend(source for source, _ in zip(remaining, range(piece.count(PLACEHOLDER)), strict=False))
+                images.extend(source for _, source in zip(range(piece.count(PLACEHOLDER)), remaining, strict=False))
         text = "".join(pieces)
         if role == "assistant" and not text.strip():
             raise UserError(f"{origin}: the answer is empty. Give the text that is to be learnt, or drop the row.")
@@ -238,10 +246,7 @@ def _source(value: Any, *, origin: str, image_root: Path) -> ImageSource:
         raise UserError(f"{origin}: {value} is a web address. Download the image and give its path.")
     path = image_root / value.removeprefix("file://")
     if not path.is_file():
-        raise UserError(
-            f"{origin}: no image file {path}. Correct the path, give the folder of the images as image_root, "
-            "or drop the row."
-        )
+        raise UserError(f"{origin}: no image file {path}. Correct the path, give the folder of the images as image_root, or drop the row.")
     return path
 
 
@@ -250,9 +255,7 @@ def _from_data_uri(uri: str, origin: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
     except binascii.Error as error:
-        raise UserError(
-            f"{origin}: a data: URI is not valid base64 ({error}). Write it again from the image."
-        ) from error
+        raise UserError(f"{origin}: a data: URI is not valid base64 ({error}). Write it again from the image.") from error
 
 
 def _strings(value: Any, key: str, origin: str) -> tuple[str, ...]:
@@ -262,6 +265,12 @@ def _strings(value: Any, key: str, origin: str) -> tuple[str, ...]:
     if wrong is not None:
         raise UserError(f"{origin}: '{key}' is {_shown(wrong)}. A string or a list of strings is wanted.")
     return tuple(str(item) for item in values)
+
+
+def _string(value: Any, key: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: '{key}' is {_shown(value)}. A string is wanted.")
+    return value
 
 
 def _shown(value: Any) -> str:

@@ -20,8 +20,8 @@ def read_samples(path: Path | str, *, image_root: Path | str | None = None) -> l
     """The samples of one file; each knows its line as `origin` (``file.jsonl:12``).
 
     Rows may differ in form: LLaVA (``conversations``), OpenAI or LLaMA-Factory (``messages``), TRL (``prompt`` and
-    ``completion``), ``question`` and ``answer``, or running ``text``. Images are checked for existence, not opened:
-    see `check_images`.
+    ``completion``), FineVision (``texts``), ``question`` and ``answer``, or running ``text``. Images are checked for
+    existence, not opened: see `check_images`.
 
     Args:
         path: .jsonl (one object a line), .json (a list of objects) or .parquet (line = row number from 1).
@@ -33,8 +33,7 @@ def read_samples(path: Path | str, *, image_root: Path | str | None = None) -> l
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     samples = [
-        sample_from_row(_checked(row, f"{path.name}:{line}"), origin=f"{path.name}:{line}", image_root=root)
-        for line, row in _rows(path)
+        sample_from_row(_checked(row, f"{path.name}:{line}"), origin=f"{path.name}:{line}", image_root=root) for line, row in _rows(path)
     ]
     if not samples:
         raise UserError(f"{path} holds no rows. At least one is wanted: check that it was written to the end.")
@@ -54,8 +53,8 @@ def read_task(
 ) -> Task:
     """A task from one file (split here), two files, or a folder that holds ``train`` and perhaps ``test``.
 
-    The split hashes what samples say: it is the same on every machine, more rows move no earlier one, and samples
-    that are equal or share an id fall on the same side.
+    The split hashes what samples say: it is the same on every machine and in every order of the rows, and samples that
+    are equal or share an id fall on the same side.
 
     Args:
         path: a data file, or a folder with ``train.jsonl`` and perhaps ``test.jsonl`` (also .json and .parquet).
@@ -71,8 +70,8 @@ def read_task(
     """
     path = Path(path)
     if path.is_dir():
-        path, found = _split_file(path, "train"), _split_file(path, "test", is_needed=False)
-        test_path = test_path or found
+        test_path = test_path or next(iter(_split_files(path, "test")), None)
+        path = _train_file(path)
     samples = read_samples(path, image_root=image_root)
     if test_path is None:
         train, test = _split(samples, test_ratio=test_ratio, seed=seed)
@@ -92,17 +91,15 @@ def check_images(samples: Sequence[Sample]) -> None:
     from rich.progress import track
 
     broken: list[str] = []
-    bar = {"console": Console(stderr=True), "disable": not sys.stderr.isatty(), "transient": True}
-    for sample in track(samples, description="Opening images", **bar):
+    is_hidden = not sys.stderr.isatty()
+    for sample in track(samples, "Opening images", console=Console(stderr=True), transient=True, disable=is_hidden):
         try:
             sample.open_images()
         except UserError as error:
             broken.append(str(error))
     if broken:
         more = f"\n... and {len(broken) - 10} more." if len(broken) > 10 else ""
-        raise UserError(
-            f"{len(broken)} of {len(samples)} samples have broken images:\n" + "\n".join(broken[:10]) + more
-        )
+        raise UserError(f"{len(broken)} of {len(samples)} samples have broken images:\n" + "\n".join(broken[:10]) + more)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -165,10 +162,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with ParquetFile(path) as table:
-            line = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for line, row in enumerate(batch.to_pylist(), start=line + 1):
-                    yield line, row
+            batches = table.iter_batches(batch_size=1024)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole parquet file ({error}). Download or write it again.") from error
 
@@ -179,14 +174,19 @@ def _checked(row: Any, origin: str) -> dict[str, Any]:
     return row
 
 
-def _split_file(folder: Path, split: str, *, is_needed: bool = True) -> Path | None:
+def _split_files(folder: Path, split: str) -> list[Path]:
     found = [folder / f"{split}{ending}" for ending in ENDINGS if (folder / f"{split}{ending}").is_file()]
     if len(found) > 1:
         raise UserError(f"{folder} holds {', '.join(path.name for path in found)}. Keep one of them, or name the file.")
-    if is_needed and not found:
-        wanted = ", ".join(f"{split}{ending}" for ending in ENDINGS)
+    return found
+
+
+def _train_file(folder: Path) -> Path:
+    found = _split_files(folder, "train")
+    if not found:
+        wanted = ", ".join(f"train{ending}" for ending in ENDINGS)
         raise UserError(f"{folder} holds none of {wanted}. Name the data file itself, or rename it.")
-    return found[0] if found else None
+    return found[0]
 
 
 def _content_key(sample: Sample) -> str:

@@ -89,9 +89,7 @@ class ChatRenderer:
             UserError: the template refuses the messages or changes an answer, or an assistant message holds an image.
         """
         if any(PLACEHOLDER in message.content for message in sample.messages if message.role == "assistant"):
-            raise UserError(
-                f"{_name(sample)}: an assistant message holds an image. Move '{PLACEHOLDER}' into a user message."
-            )
+            raise UserError(f"{_name(sample)}: an assistant message holds an image. Move '{PLACEHOLDER}' into a user message.")
         if is_prose(sample):
             end = len(sample.answer)
             return Rendered(text=sample.answer, turns=(Turn(header=0, start=0, content_end=end, end=end),))
@@ -181,9 +179,7 @@ def _without_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _refused(sample: Sample, error: TemplateError) -> UserError:
     roles = ", ".join(message.role for message in sample.messages)
-    return UserError(
-        f"{_name(sample)}: the chat template refuses the messages ({roles}): {error}. Change the roles of the row."
-    )
+    return UserError(f"{_name(sample)}: the chat template refuses the messages ({roles}): {error}. Change the roles of the row.")
 
 
 def _name(sample: Sample) -> str:

@@ -103,7 +103,7 @@ class Sample:
                 return opened.convert("RGB")
         except FileNotFoundError:
             raise UserError(
-                f"{where}: no image file {source}. Correct the path (relative paths start at the data file's folder) or drop the row."
+                f"{where}: no image file {source!s}. Correct the path (relative paths start at the data file's folder) or drop the row."
             ) from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = source if isinstance(source, Path) else "the embedded image"

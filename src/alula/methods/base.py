@@ -23,12 +23,14 @@ class Arm:
 
     Attributes:
         enter: makes the context in which the model is evaluated on a task.
+        around: makes the context for one batch inside it: where a decision is taken on the prompt alone.
         is_settled: a task's score cannot change once it was learnt (and is the base model's before), so it is not
             measured again.
     """
 
     name: str
     enter: Callable[[Task], AbstractContextManager[None]]
+    around: Callable[[dict[str, Tensor]], AbstractContextManager[None]] = lambda batch: contextlib.nullcontext()
     is_settled: bool = False
 
 

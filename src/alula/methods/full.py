@@ -19,7 +19,7 @@ class FullDecoder(Method):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
         return {"next_token": next_token_loss(logits, batch["labels"])}
 
 

@@ -44,7 +44,8 @@ class OneLoRA(Method):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Next-token cross-entropy over the targets."""
-        return {"next_token": next_token_loss(model(**_inputs(batch)).logits, batch["labels"])}
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+        return {"next_token": next_token_loss(logits, batch["labels"])}
 
 
 @METHODS.register("finetune")
@@ -66,7 +67,3 @@ class Joint(OneLoRA):
     def arrange(self, stream: Stream) -> Stream:
         """One task with everybody's data."""
         return Stream(tasks=(merge_tasks(stream),), base_tasks=stream.base_tasks)
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}

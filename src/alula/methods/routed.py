@@ -7,25 +7,17 @@ from torch import Tensor, nn
 
 from alula.attach import Mixtures, attach
 from alula.context import BASE, Routing
+from alula.data.sample import Sample
 from alula.data.stream import Task
+from alula.data.tasks import general_prompts
 from alula.errors import UserError
 from alula.methods.base import METHODS, Arm, Method, Stage
 from alula.objectives.next_token import next_token_loss
 from alula.observe import observe
+from alula.routers.named import ROUTINGS
 from alula.training.settings import TrainSettings
 
-ROUTINGS = {
-    "analytic": Routing(router="analytic", level="sample", top_k=1),
-    "analytic_token": Routing(router="analytic", level="token", top_k=2),
-    "analytic_combined": Routing(router="analytic", level="combined", top_k=2),
-    "gate": Routing(router="gate", level="token", top_k=2),
-    "gate_zero_expert": Routing(router="gate", level="token", top_k=2, null="zero_expert"),
-    "gate_sigmoid_keep": Routing(router="gate", level="token", top_k=2, null="sigmoid_keep"),
-    "gate_combined": Routing(router="gate", level="combined", top_k=2),
-    "arrow": Routing(router="arrow", level="token", top_k=3),
-}
-"""The ways to choose experts that a recipe can name; `gate` is the recipe of the paper, `analytic` our default."""
-ORACLE, UNIFORM = "oracle", "uniform"
+ORACLE, UNIFORM, GENERAL = "oracle", "uniform", "general"
 
 
 @METHODS.register("routed")
@@ -33,7 +25,8 @@ class Routed(Method):
     """Per task: a LoRA expert trained alone, then what its routers need, with data and compute fixed in the number of tasks.
 
     Stages: ``expert`` (LoRA, the rest frozen), ``gate`` (only its gate vectors; left out if no arm uses gates),
-    ``statistics`` (one forward pass over some of the task's samples, no gradient).
+    ``statistics`` (one forward pass over some of the task's samples, no gradient); after the first task ``general``, the
+    same over general text.
 
     Args:
         arms: how the experts are chosen at test time; each is scored apart. Besides `ROUTINGS`: ``oracle`` (told the
@@ -68,7 +61,8 @@ class Routed(Method):
         self.arm_names = tuple(arms)
         self.gate_steps, self.gate_learning_rate = gate_steps, gate_learning_rate
         self.statistics_samples = statistics_samples
-        self._task = ""
+        self._task, self._stage = "", ""
+        self._knows_base = BASE in self.mixtures.prompt_router.names
 
     @property
     def _routings(self) -> list[Routing]:
@@ -91,11 +85,18 @@ class Routed(Method):
             count = min(self.statistics_samples, len(task.train))
             steps = -(-count // settings.batch_size)
             stages.append(Stage(name="statistics", steps=steps, learning_rate=0.0, gradient=False))
+            if not self._knows_base and self.mixtures.names[:1] == [task.name]:
+                count = -(-len(general_prompts()) // settings.batch_size)
+                stages.append(Stage(name=GENERAL, steps=count, learning_rate=0.0, gradient=False))
         return tuple(stages)
+
+    def training_data(self, task: Task) -> Sequence[Sample]:
+        """The task's samples; in the stage ``general``, once per pool, general text that belongs to no task."""
+        return general_prompts() if self._stage == GENERAL else task.train
 
     def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
         """Says what trains and which expert speaks."""
-        self._task = task.name
+        self._task, self._stage = task.name, stage.name
         if stage.name == "expert":
             self.mixtures.train_expert(task.name)
             self.mixtures.routing = Routing(fixed={task.name: 1.0})
@@ -107,21 +108,17 @@ class Routed(Method):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
         return {"next_token": next_token_loss(logits, batch["labels"])}
 
     def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        """Adds a batch to the task's sums."""
-        observe(self.mixtures, self._task, batch, tokens=self._needs_token_sums)
-
-    @property
-    def _needs_token_sums(self) -> bool:
-        return any(routing.router == "analytic" and routing.level != "sample" for routing in self._routings)
-
-    def observe_general(self, batch: dict[str, Tensor]) -> None:
-        """Adds general text, so that prompts of no task can go to the base model. Once, before the first task."""
-        zero_expert = any(routing.null == "zero_expert" for routing in self._routings)
-        observe(self.mixtures, BASE, batch, tokens=self._needs_token_sums or zero_expert)
+        """Adds a batch to the sums of the task, or of the base model (so that prompts of no task can go there)."""
+        token_level = any(routing.router == "analytic" and routing.level != "sample" for routing in self._routings)
+        if self._stage == GENERAL:
+            zero_expert = any(routing.null == "zero_expert" for routing in self._routings)
+            observe(self.mixtures, BASE, batch, tokens=token_level or zero_expert)
+        else:
+            observe(self.mixtures, self._task, batch, tokens=token_level)
 
     def end_task(self, model: nn.Module, task: Task) -> None:
         """Freezes everything and recomputes what follows from the trained experts."""
@@ -138,7 +135,13 @@ class Routed(Method):
             elif name == UNIFORM:
                 made.append(Arm(name=name, enter=lambda task: self.mixtures.using(self._uniform())))
             else:
-                made.append(Arm(name=name, enter=lambda task, routing=ROUTINGS[name]: self.mixtures.using(routing)))
+                made.append(
+                    Arm(
+                        name=name,
+                        enter=lambda task, routing=ROUTINGS[name]: self.mixtures.using(routing),
+                        around=self.mixtures.director.on_prompts,
+                    )
+                )
         return tuple(made)
 
     def _oracle(self, task: Task) -> Routing:

@@ -1,17 +1,18 @@
 """Where the parts of a vision-language model are, for any Hugging Face model. Knows names and shapes; changes nothing."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alula.errors import UserError, nearest
 
 # A decoder layer's token mixer. Order matters: a layer with several (BART) is known by the first.
-ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attn", "attention", "self_attention", "mixer")
+ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attn", "attention", "self_attention", "mixer", "mamba", "conv")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 CONNECTOR_NAMES = (
     "multi_modal_projector",
@@ -37,7 +38,8 @@ class Anatomy:
     Attributes:
         decoder: the text stack that owns the decoder layers.
         layers: every decoder layer, in order.
-        attention: each layer's self attention, or the cross or linear attention it has in its place.
+        attention: each layer's self attention, or the cross or linear attention it has in its place; the layer itself
+            where none of these is known.
         mlp: each layer's MLP; empty where the layers hold its linears themselves (OPT, BART).
         encoder: the modality encoders; empty in a text-only model.
         connector: from encoder features to tokens of the decoder's width.
@@ -76,7 +78,7 @@ class Anatomy:
 
         The innermost part counts: Qwen-VL's merger, inside its encoder, is a connector.
         """
-        roots = {root: "encoder" for root in self.encoder} | {root: "connector" for root in self.connector}
+        roots = dict.fromkeys(self.encoder, "encoder") | dict.fromkeys(self.connector, "connector")
         roots[self.decoder] = "decoder"
         if self.head is not None:
             roots[self.head] = "head"
@@ -144,21 +146,21 @@ def anatomy(model: nn.Module) -> Anatomy:
     """
     base = base_model(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    if not (hasattr(base, "get_decoder") and hasattr(base, "can_generate") and base.can_generate()):
+    if not (isinstance(base, PreTrainedModel) and base.can_generate()):
         raise _no_decoder(base)
     config = base.config.get_text_config(decoder=True)
     stack = _layer_list(base.get_decoder(), count=config.num_hidden_layers)
     if stack is None:
         raise _no_decoder(base)
-    layers = tuple(f"{paths[id(stack)]}.{index}" for index in range(len(stack)))
+    layers = {f"{paths[id(stack)]}.{index}": layer for index, layer in enumerate(stack)}
     decoder = paths[id(stack)].rpartition(".")[0]
     encoders = _encoders(base, stack=stack, paths=paths)
     head = base.get_output_embeddings()
     return Anatomy(
         decoder=decoder,
-        layers=layers,
-        attention=_children(stack, layers, names=ATTENTION_NAMES),
-        mlp=_children(stack, layers, names=MLP_NAMES),
+        layers=tuple(layers),
+        attention=tuple(_child(path, layer, names=ATTENTION_NAMES) or path for path, layer in layers.items()),
+        mlp=tuple(child for path, layer in layers.items() if (child := _child(path, layer, names=MLP_NAMES))),
         encoder=encoders,
         connector=_connectors(model, decoder=decoder),
         head=paths.get(id(head)) if head is not None else None,
@@ -169,7 +171,8 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def base_model(model: nn.Module) -> nn.Module:
     """`model` without PEFT's outer shell."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def walk(module: nn.Module, *, path: str = "", original: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -201,27 +204,20 @@ def _layer_list(decoder: nn.Module, *, count: int) -> nn.ModuleList | None:
     found = {
         path: module
         for path, module in walk(decoder)
-        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0 and _first(module[0], ATTENTION_NAMES)
+        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0 and _child("", module[0], names=ATTENTION_NAMES)
     }
     candidates = [path for path in found if "encoder" not in path.split(".")] or list(found)
     return found[candidates[-1]] if candidates else None
 
 
-def _first(layer: nn.Module, names: Sequence[str]) -> str | None:
-    """The first of `names` that is a child of the layer, looking through wrappers; as a path below the layer."""
-    inner, real = _unwrap(layer, "")
+def _child(path: str, layer: nn.Module, *, names: Sequence[str]) -> str | None:
+    """The path of the layer's child with the first of `names` that it has; seen through wrappers of the layer."""
+    inner, real = _unwrap(layer, path)
     children = dict(inner.named_children())
-    name = next((name for name in names if name in children), None)
-    return name if name is None or not real else f"{real}.{name}"
+    return next((f"{real}.{name}" for name in names if name in children), None)
 
 
-def _children(stack: nn.ModuleList, layers: Sequence[str], *, names: Sequence[str]) -> tuple[str, ...]:
-    """Each layer's child of that kind; layers without one are left out."""
-    found = ((path, _first(layer, names)) for path, layer in zip(layers, stack, strict=True))
-    return tuple(f"{path}.{name}" for path, name in found if name is not None)
-
-
-def _encoders(base: nn.Module, *, stack: nn.ModuleList, paths: dict[int, str]) -> tuple[str, ...]:
+def _encoders(base: PreTrainedModel, *, stack: nn.ModuleList, paths: dict[int, str]) -> tuple[str, ...]:
     """The encoders that the model names; a model without one answers with itself or with its decoder."""
     candidates = [base.get_encoder(modality) for modality in ("image", "audio")]
     own = [module for module in candidates if all(part is not stack for part in module.modules())]

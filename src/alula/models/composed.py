@@ -93,13 +93,13 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
 
     config_class = ComposedConfig
     config: ComposedConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - the type Transformers declares
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # a promise about this class only: the backbone checks its own when it is built
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar[list[str]] = ["InvertedBottleneck"]  # the backbone's are added by post_init
+    _no_split_modules = {"InvertedBottleneck"}  # noqa: RUF012 - the backbone's are added by post_init
 
     def __init__(self, config: ComposedConfig) -> None:
         super().__init__(config)
@@ -176,12 +176,13 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
         """
         size = self.vision_tower.image_size
         pixels = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device)
-        return 0.0 * self.get_image_features(pixels).pooler_output.sum()
+        return 0.0 * self.connector(self.vision_tower(pixels)).sum()
 
     def _needs_idle_images(self) -> bool:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        visual = [*self.vision_tower.parameters(), *self.connector.parameters()]
-        return is_distributed and self.training and any(parameter.requires_grad for parameter in visual)
+        if not is_distributed or not self.training:
+            return False
+        return any(value.requires_grad for part in (self.vision_tower, self.connector) for value in part.parameters())
 
     def forward(
         self,
@@ -249,6 +250,6 @@ def register_auto_classes() -> None:
     AutoModel.register(ComposedConfig, ComposedVLM, exist_ok=True)
     AutoModelForImageTextToText.register(ComposedConfig, ComposedVLM, exist_ok=True)
     # One class for both backends: an installed torchvision must not change the pixels a model was trained on.
-    backends = {"pil": ComposedImageProcessor, "torchvision": ComposedImageProcessor}
+    backends: dict[str, type] = {"pil": ComposedImageProcessor, "torchvision": ComposedImageProcessor}
     AutoImageProcessor.register(ComposedConfig, image_processor_classes=backends, exist_ok=True)
     AutoProcessor.register(ComposedConfig, ComposedProcessor, exist_ok=True)

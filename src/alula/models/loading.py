@@ -50,7 +50,7 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(name, error) from error
-    return model.to(place).eval(), load_processor(name)
+    return model.to(place).eval(), load_processor(name)  # type: ignore[arg-type]
 
 
 def find_device(device: str | None) -> torch.device:

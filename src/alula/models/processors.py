@@ -6,7 +6,6 @@ complete for a machine with torchvision, and says what to do when a video comes.
 """
 
 from collections.abc import Mapping
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 
 from alula.errors import UserError
 
-PARTS = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
+PARTS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
 
 
 class MissingVideo(VideoProcessorMixin):
@@ -37,11 +36,11 @@ class MissingVideo(VideoProcessorMixin):
     num_frames = None
     fps = None
 
-    def __init__(self, entry: Mapping[str, object]) -> None:
+    def __init__(self, entry: Mapping[str, Any]) -> None:
         super().__init__(**entry)
         self.entry = dict(entry)
 
-    def __call__(self, videos: object, **options: object) -> Any:
+    def __call__(self, *videos: Any, **options: Any) -> Any:
         """Refuses.
 
         Raises:
@@ -58,7 +57,6 @@ class MissingVideo(VideoProcessorMixin):
         return dict(self.entry)
 
 
-@cache
 def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The processor class `kind` that also takes a `MissingVideo` as its video processor; saved under its own name."""
 
@@ -68,10 +66,20 @@ def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
                 return MissingVideo
             return super().check_argument_for_proper_class(argument_name, argument)
 
+        def __reduce__(self) -> Any:  # the class is made at run time, so pickle cannot find it by name
+            return _restore, (kind, self.__dict__)
+
     # The class name is what save_pretrained writes and what other machines look up.
     ImagesOnly.__name__ = kind.__name__
     ImagesOnly.__qualname__ = kind.__qualname__
     return ImagesOnly
+
+
+def _restore(kind: type[ProcessorMixin], state: dict[str, Any]) -> ProcessorMixin:
+    made = images_only(kind)
+    processor = made.__new__(made)
+    processor.__dict__.update(state)
+    return processor
 
 
 def load_processor(path: str | Path) -> ProcessorMixin:

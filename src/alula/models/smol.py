@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from alula.errors import UserError
 from alula.files import read_json, read_tensors, sha256, write_json
@@ -88,13 +95,13 @@ def _is_ready(folder: Path) -> bool:
         return False
     manifest = read_json(folder / "manifest.json")
     shipped = sha256(CONNECTOR_FILE) if CONNECTOR_FILE.exists() else None
-    return manifest["format"] == FORMAT and manifest["connector_sha256"] == shipped
+    return isinstance(manifest, dict) and (manifest.get("format"), manifest.get("connector_sha256")) == (FORMAT, shipped)
 
 
 def _build(folder: Path) -> None:
     encoder = _encoder_weights()  # first: it is the quick one to fail
     text_config, backbone, tokenizer, source = _backbone()
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    (image_token_id,) = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)
     config = ComposedConfig(
         text_config=text_config,
         encoder_config={"name": "efficientnet_lite0", "image_size": IMAGE_SIZE},
@@ -176,13 +183,14 @@ def _backbone() -> tuple[PreTrainedConfig, dict[str, Tensor], PreTrainedTokenize
     return model.config, model.state_dict(), with_image_token(tokenizer), {HUB_NAME: "hub"}
 
 
-def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer with its reserved token renamed to `<image>` and a padding token of its own.
 
     A GGUF file names the pre-tokenizer (`smollm`) without describing it, and Transformers then leaves out its first half:
     digits stand alone, also behind several spaces.
     Source: tokenizer.json of https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
     """
+    assert isinstance(tokenizer, PreTrainedTokenizerFast), type(tokenizer)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
     vocabulary[IMAGE_TOKEN] = vocabulary.pop(RESERVED_TOKEN)

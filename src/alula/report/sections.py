@@ -8,6 +8,7 @@ from urllib.parse import quote
 import numpy as np
 
 from alula.evaluation.bootstrap import paired_interval
+from alula.files import read_jsonl
 from alula.report.definitions import METRICS, Metric
 from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
 from alula.report.format import UNKNOWN, show, show_amount, show_bytes, show_interval, show_time
@@ -153,17 +154,19 @@ def _change_cell(series: Series, name: str) -> View:
         return {"text": UNKNOWN, "kind": "empty"}
     columns = [member.matrix.names.index(name) for member in members]
     samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
-    before = np.mean([s.values[_first_stage(m, name)] for m, s in zip(members, samples, strict=True)], axis=0)
-    after = np.mean([s.values[-1] for s in samples], axis=0)
     is_bits = name in members[0].matrix.bits_tasks
     ends = [float(member.matrix.last[column]) for member, column in zip(members, columns, strict=True)]
     change = float(np.mean(ends) - np.mean(starts))
-    interval = None if is_bits else paired_interval(after, before)
     if all(_first_stage(member, name) == member.matrix.num_learnt for member in members):
         return {"text": "learnt last", "kind": "empty"}
     flips = [(s.values[_first_stage(m, name)], s.values[-1]) for m, s in zip(members, samples, strict=True)]
     lost = sum(int((then > now).sum()) for then, now in flips)
     gained = sum(int((then < now).sum()) for then, now in flips)
+    is_alike = not is_bits and len({len(then) for then, _ in flips}) == 1  # the same test samples in every seed
+    interval = None
+    if is_alike:
+        then, now = (np.mean(side, axis=0) for side in zip(*flips, strict=True))
+        interval = paired_interval(now, then)
     is_clear = interval is not None and interval.excludes(0.0)
     scale, digits = (1.0, 3) if is_bits else (100.0, 1)
     return {
@@ -189,11 +192,7 @@ def lost_answers(series: Sequence[Series], *, most: int = 2) -> list[View]:
 
 
 def _answers(member: Member, name: str, index: int, stage: int) -> View:
-    def line(row: int) -> Row:
-        path = member.sources[row, name]
-        return member.cell.predictions(row, path.parent.name, name)[index]
-
-    then, now = line(stage), line(member.matrix.num_learnt)
+    then, now = (read_jsonl(member.sources[row, name])[index] for row in (stage, member.matrix.num_learnt))
     return {"question": then["prompt"].replace("<image>", "").strip(), "reference": then["reference"],
             "then": then["output"], "now": now["output"], "is_parsed": now["parsed"]}  # fmt: skip
 

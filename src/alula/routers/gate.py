@@ -92,7 +92,7 @@ class GateRouter(Router):
         """The gate vector; for the base model, the sum of standardised activations on general text."""
         if name == BASE:
             return {"null_sum": self.null_sum} if bool(self.null_sum.any()) else {}
-        return {"gate": self.gates[self.names.index(name)].detach()}
+        return {"gate": self.gates[self.names.index(name)].detach().clone()}
 
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Puts back what `stored` gave."""

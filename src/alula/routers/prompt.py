@@ -21,7 +21,7 @@ def describe(
 
     Image and text are described apart, so that tasks which ask the same question are told apart by their images, and
     tasks over the same images by their questions. `features` is ``2 * dim + 2``; the image half of a text-only prompt
-    is zero.
+    is zero. The marks are as long as a half, ``sqrt(dim)``, so that a short prompt without images is still seen as one.
     """
     image = prompt & image_mask if image_mask is not None else torch.zeros_like(prompt)
     halves = []
@@ -29,8 +29,8 @@ def describe(
         chosen = mask.unsqueeze(-1).float()
         mean = (standardise(hidden) * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
         halves.append(torch.where(mask.any(dim=1, keepdim=True), standardise(mean), torch.zeros_like(mean)))
-    has_image = image.any(dim=1, keepdim=True).float()
-    return torch.cat([*halves, has_image, torch.ones_like(has_image)], dim=-1)
+    has_image = image.any(dim=1, keepdim=True).float() * hidden.shape[-1] ** 0.5
+    return torch.cat([*halves, has_image, torch.full_like(has_image, hidden.shape[-1] ** 0.5)], dim=-1)
 
 
 class PromptRouter:

@@ -6,10 +6,10 @@ It calls a method's verbs and never asks which method it has; it yields after ea
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from alula.objectives.next_token import num_targets
 from alula.training.archive import Archive, begin_stage, begin_task, recipe_of
 from alula.training.checkpoint import Checkpoint, Place, load_optimizer, optimizer_tensors
 from alula.training.order import Batch, Collate, Steps, seed_of
-from alula.training.records import Cost, LossLog, TaskLearnt
+from alula.training.records import Cost, LossLog, TaskLearnt, progress_row
 from alula.training.settings import TrainSettings
 from alula.training.trackers import begin_trackers, end_trackers, make_accelerator
 from alula.training.trainable import describe, recompute_activations, set_modes, sum_gradients, sum_over_processes, trainable
@@ -80,10 +80,10 @@ class Trainer:
         self.collator = collator
         self.settings = settings
         self.folder = folder
-        self.progress = progress
         self.identity = identity
         self.accelerator = make_accelerator(accelerator, trackers=trackers, folder=folder)
         self.device = self.accelerator.device
+        self._progress = progress if self.accelerator.is_main_process else None
         self.model = model.to(self.device)
         if settings.activation_checkpointing:
             recompute_activations(model)
@@ -121,20 +121,20 @@ class Trainer:
         """All stages of one task; `found` is a checkpoint from the middle of this task, already restored, or None."""
         self.clock = time.perf_counter()
         self.cost = Cost(**found.cost) if found else Cost(task=task.name)
-        seeds = {"seed": self.settings.seed, "device": self.device}
+        seeds: dict[str, Any] = {"seed": self.settings.seed, "device": self.device}
         if found is None:
             begin_task(self.method, self.model, task, **seeds)
         for number, stage in enumerate(self.method.stages(task)):
-            place = Place(task=index, stage=number)
             if found and number < found.place.stage:
                 continue
-            is_resumed = found is not None and number == found.place.stage
-            if not is_resumed:
+            resumed = found if found and number == found.place.stage else None
+            if resumed is None:
                 begin_stage(self.method, self.model, task, stage, **seeds)
             # The caller's random state is its own: that of each step is set below.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 if stage.gradient:
-                    self._train(task, stage, found.place if is_resumed else place, found.optimizer if is_resumed else {})
+                    start = resumed.place if resumed else Place(task=index, stage=number)
+                    self._train(task, stage, start, resumed.optimizer if resumed else {})
                 else:
                     self._observe(task, stage)
             self.method.end_stage(self.model, task, stage)
@@ -154,13 +154,13 @@ class Trainer:
             load_optimizer(optimizer, parameters, moments)
         data = self._data(task, stage)
         loader = data.loader(range(start.step, stage.steps), num_workers=settings.num_workers)
-        with self._bar(task, stage, start=start.step, steps=stage.steps) as advance:
+        with progress_row(self._progress, f"{task.name}, {stage.name}", start=start.step, steps=stage.steps) as advance:
             for step, batch in enumerate(loader, start.step):
                 torch.manual_seed(seed_of(settings.seed, task.name, stage.name, step, self.accelerator.process_index))
                 rate = stage.learning_rate * settings.rate_factor(step, steps=stage.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                where = {"task": task.name, "stage": stage.name, "step": step}
+                where: dict[str, str | int] = {"task": task.name, "stage": stage.name, "step": step}
                 row = where | self._step(batch, parameters, optimizer, where=where) | {"learning_rate": rate}
                 self._count(steps=1, samples_seen=len(data.indices(step)), optimizer_targets=row["targets"])
                 if step % settings.log_every == 0 or step + 1 == stage.steps:
@@ -199,22 +199,24 @@ class Trainer:
             with self._precision():
                 losses = self.method.loss(self.model, send_to_device(micro_batch, self.device))
             weighted = {name: value * (count / total) for name, value in losses.items()}
-            self.accelerator.backward(torch.stack(list(weighted.values())).sum())
+            loss = torch.stack(list(weighted.values())).sum()
+            if loss.requires_grad:  # a text-only micro-batch knows nothing of a connector: its gradient is zero
+                self.accelerator.backward(loss)
             for name, value in weighted.items():
                 parts[name] = parts.get(name, 0) + value.detach()
         sum_gradients(list(parameters.values()), self.accelerator)
         self.method.before_step(self.model)
         norm = nn.utils.clip_grad_norm_(parameters.values(), self.settings.gradient_clip or math.inf).item()
         summed = self._sum_parts({name: float(value) for name, value in parts.items()})
-        loss = sum(summed.values())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        mean = sum(summed.values())
+        if not (math.isfinite(mean) and math.isfinite(norm)):
             raise UserError(
-                f"{place}: the loss is {loss}, the gradient norm {norm}; both must be finite. No step was taken and the last "
+                f"{place}: the loss is {mean}, the gradient norm {norm}; both must be finite. No step was taken and the last "
                 "checkpoint is good. Halve learning_rate, raise warmup_ratio, or set mixed_precision to 'no'; then run again."
             )
         optimizer.step()
         optimizer.zero_grad()
-        return {"loss": loss, "targets": total, "gradient_norm": norm} | ({"parts": summed} if len(summed) > 1 else {})
+        return {"loss": mean, "targets": total, "gradient_norm": norm} | ({"parts": summed} if len(summed) > 1 else {})
 
     @torch.no_grad()
     def _observe(self, task: Task, stage: Stage) -> None:
@@ -223,7 +225,7 @@ class Trainer:
         self.model.eval()
         data = self._data(task, stage)
         steps = min(stage.steps, math.ceil(len(data.samples) / data.batch_size))
-        with self._bar(task, stage, start=0, steps=steps) as advance:
+        with progress_row(self._progress, f"{task.name}, {stage.name}", start=0, steps=steps) as advance:
             for step, batch in enumerate(data.loader(range(steps), num_workers=self.settings.num_workers)):
                 torch.manual_seed(seed_of(self.settings.seed, task.name, stage.name, step))
                 for micro_batch in batch:
@@ -250,7 +252,6 @@ class Trainer:
         samples = self.method.training_data(task)
         if len(samples) == 0:
             raise UserError(f"Task '{task.name}' has no training samples. Give it one or more, or take it out of the stream.")
-        sharded = stage.gradient
         return Steps(
             samples,
             self.collator,
@@ -260,8 +261,8 @@ class Trainer:
             task=task.name,
             stage=stage.name,
             num_epochs=None if stage.gradient else 1,
-            process_index=self.accelerator.process_index if sharded else 0,
-            num_processes=self.accelerator.num_processes if sharded else 1,
+            process_index=self.accelerator.process_index if stage.gradient else 0,
+            num_processes=self.accelerator.num_processes if stage.gradient else 1,
         )
 
     def _precision(self) -> torch.autocast:
@@ -286,13 +287,3 @@ class Trainer:
     def _say(self, message: str, *values: object) -> None:
         if self.accelerator.is_main_process:
             logger.info(message, *values)
-
-    @contextmanager
-    def _bar(self, task: Task, stage: Stage, *, start: int, steps: int) -> Iterator[Callable[[float | None], None]]:
-        """A row of the progress bar for one stage; the block gets what to call after each step."""
-        if self.progress is None or not self.accelerator.is_main_process:
-            yield lambda loss: None
-            return
-        label, progress = f"{task.name}, {stage.name}", self.progress
-        row = progress.add_task(label, total=steps, completed=start)
-        yield lambda loss: progress.update(row, advance=1, description=label if loss is None else f"{label}: loss {loss:.3f}")

@@ -1,6 +1,8 @@
 """What the loop writes down: losses, costs, progress. It knows no model."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,3 +104,13 @@ def progress_bar(*, console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console or Console(stderr=True))
+
+
+@contextlib.contextmanager
+def progress_row(progress: Progress | None, label: str, *, start: int, steps: int) -> Iterator[Callable[[float | None], None]]:
+    """A row of `progress` that stands at step `start` of `steps`; the block gets what to call, with the loss, after each step."""
+    if progress is None:
+        yield lambda loss: None
+        return
+    row = progress.add_task(label, total=steps, completed=start)
+    yield lambda loss: progress.update(row, advance=1, description=label if loss is None else f"{label}: loss {loss:.3f}")

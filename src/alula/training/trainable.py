@@ -1,6 +1,7 @@
 """What in a model trains and what is frozen: listing, modes, gradients over processes. It knows no method."""
 
 import re
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,7 @@ def set_modes(model: nn.Module) -> None:
             module.training = True
 
 
-def recompute_activations(model: nn.Module) -> None:
+def recompute_activations(model: Any) -> None:
     """Turns activation checkpointing on.
 
     Raises:
@@ -49,8 +50,10 @@ def recompute_activations(model: nn.Module) -> None:
             f"{type(model).__name__} has no activation checkpointing. Models with supports_gradient_checkpointing do. "
             "Set training.activation_checkpointing to false and lower micro_batch_size instead."
         )
+    # The first is the name from some 5.x of transformers on, which warns at the second.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # Re-entrant checkpointing loses gradients when only modules deep inside a frozen model train.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable({"use_reentrant": False})
 
 
 def sum_over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:

@@ -5,6 +5,7 @@ from alula.data.tasks import (  # noqa: F401 - imported for what they register
     animals,
     antonym,
     capital,
+    captions,
     charts,
     definition,
     digits,

@@ -1,0 +1,73 @@
+"""Teach a vision-language model new tasks, one after another, without forgetting, and prove it.
+
+The names below are the public surface; each is imported when it is first asked for, so that ``import alula`` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alula.attach import Mixtures, attach
+    from alula.config import Recipe, read_recipe
+    from alula.context import Routing
+    from alula.data.collate import Collator
+    from alula.data.readers import read_samples, read_task
+    from alula.data.sample import Message, Sample
+    from alula.data.stream import Stream, Task
+    from alula.data.tasks import load_task
+    from alula.errors import UserError
+    from alula.evaluation.evaluate import evaluate_task
+    from alula.evaluation.matrix import ScoreMatrix
+    from alula.methods import METHODS, Method
+    from alula.models import anatomy, load_model, load_processor
+    from alula.pool import Pool
+    from alula.report import build_report
+    from alula.running.learn import generate, learn_task
+    from alula.running.run import run_recipe
+    from alula.training import Trainer, TrainSettings
+
+_HOMES = {
+    "Collator": "data.collate",
+    "METHODS": "methods",
+    "Message": "data.sample",
+    "Method": "methods",
+    "Mixtures": "attach",
+    "Pool": "pool",
+    "Recipe": "config",
+    "Routing": "context",
+    "Sample": "data.sample",
+    "ScoreMatrix": "evaluation.matrix",
+    "Stream": "data.stream",
+    "Task": "data.stream",
+    "TrainSettings": "training.settings",
+    "Trainer": "training.loop",
+    "UserError": "errors",
+    "anatomy": "models.anatomy",
+    "attach": "attach",
+    "build_report": "report",
+    "evaluate_task": "evaluation.evaluate",
+    "generate": "running.learn",
+    "learn_task": "running.learn",
+    "load_model": "models",
+    "load_processor": "models",
+    "load_task": "data.tasks",
+    "read_recipe": "config",
+    "read_samples": "data.readers",
+    "read_task": "data.readers",
+    "run_recipe": "running.run",
+}
+
+__version__ = "0.1.0"
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """The public `name`, imported now."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'alula' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"alula.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

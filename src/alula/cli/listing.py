@@ -1,0 +1,39 @@
+"""`alula list`: what there is to name in a recipe, or what is in a pool."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; without it, all that alula knows by name.")] = None) -> None:
+    """List a pool's experts, or every task, method and router by name."""
+    from rich.table import Table
+
+    from alula.cli.screen import results
+
+    if pool is not None:
+        from alula.pool import Pool
+
+        opened = Pool.open(pool)
+        table = Table("expert", "added", "samples", "steps", "before", "after", "n", title=f"{pool}: base model {opened.base}")
+        for expert in opened.manifest["experts"]:
+            about = expert["about"]
+            scores = ["-" if about.get(key) is None else f"{about[key]:.3f}" for key in ("before", "after")]
+            table.add_row(expert["name"], expert["added"], *(str(about.get(key, "-")) for key in ("samples", "steps")), *scores,
+                          str(about.get("test_samples", "-")))
+        results.print(table)
+        return
+    from alula.data.tasks import describe
+    from alula.methods import METHODS
+    from alula.routers.named import ROUTINGS
+
+    tasks = Table("task", "languages", "blind", "what", title="Built-in tasks")
+    for name, info in describe().items():
+        tasks.add_row(name, " ".join(info.languages), "-" if info.blind is None else f"{info.blind:.2f}", info.summary)
+    results.print(tasks)
+    methods = Table("method", "what", title="Methods")
+    for name in METHODS:
+        methods.add_row(name, (METHODS[name].__doc__ or "").splitlines()[0])
+    results.print(methods)
+    results.print(f"Arms of `routed`: {', '.join(ROUTINGS)}, oracle, uniform")

@@ -1,0 +1,122 @@
+"""A run folder becomes one HTML file that needs nothing else. It reads finished files and is imported by nobody but the CLI."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from alula.files import write_text
+from alula.report.definitions import METRICS, OTHER_METRICS, TERMS
+from alula.report.format import show_time
+from alula.report.reading import Run, read_run
+from alula.report.routing import diagnosis_rows, example_views, expert_colours, routing_views
+from alula.report.sections import (
+    change_view,
+    colour_of,
+    cost_view,
+    link_to,
+    lost_answers,
+    matrix_views,
+    stage_charts,
+    summary_rows,
+)
+from alula.report.series import Series, series_of
+from alula.report.verdict import write_verdict
+
+View = dict[str, object]
+MACHINE_WORDS = ("machine", "cpu", "gpu", "device", "platform", "cores")
+
+
+def build_report(run_folder: Path | str, *, out: Path | str | None = None) -> Path:
+    """Writes the report of a run and gives its path.
+
+    What is missing in the folder is missing in the report: cells that run or crashed are listed as such.
+
+    Args:
+        out: the HTML file; None for ``report.html`` in the run folder. Links to predictions are relative to it.
+
+    Raises:
+        UserError: `run_folder` is not a run folder, or `out` cannot be written.
+    """
+    run = read_run(run_folder)
+    page = Path(out) if out is not None else run.folder / "report.html"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("alula.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    write_text(page, environment.get_template("template.html.j2").render(report_view(run, page)))
+    return page
+
+
+def report_view(run: Run, page: Path) -> View:
+    """Everything the template shows."""
+    series = series_of(run)
+    colours = {one.name: colour_of(index) for index, one in enumerate(series)}
+    by_method = {one.method: colours[one.name] for one in reversed(series)}
+    experts: dict[str, int] = {}
+    if series and series[0].members:
+        expert_colours(series[0].members[0].matrix.tasks, experts)
+    problems = [*run.problems, *(text for one in series for member in one.members for text in member.problems)]
+    return {
+        "title": run.folder.resolve().name,
+        "facts": _facts(run, series),
+        "recipe": run.recipe_text,
+        "versions": run.versions,
+        "verdict": write_verdict(
+            series,
+            failed=[cell.name for cell in run.cells if cell.state == "crashed"],
+            waiting=[cell.name for cell in run.cells if cell.state == "unfinished"],
+        ),
+        "metrics": METRICS,
+        "other_metrics": OTHER_METRICS,
+        "terms": TERMS,
+        "summary": summary_rows(series, colours),
+        "charts": stage_charts(series, colours),
+        "legend": [{"name": one.name, "colour": colours[one.name]} for one in series],
+        "matrices": matrix_views(series, colours, page),
+        "changes": change_view(series),
+        "lost": lost_answers(series),
+        "cost": cost_view(run, by_method),
+        "routing": routing_views(series, experts),
+        "diagnosis": diagnosis_rows(series),
+        "examples": example_views(run.cells, experts),
+        "experts": [{"name": name, "colour": colour} for name, colour in experts.items()],
+        "cells": [
+            {"name": c.name, "state": c.state, "error": c.error, "stages": max((row["row"] for row in c.scores), default=0),
+             "href": link_to(c.folder, page)} for c in run.cells
+        ],
+        "problems": list(dict.fromkeys(problems)),
+    }  # fmt: skip
+
+
+def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
+    """What was run, in a few words; what the folder does not tell is left out."""
+    member = series[0].members[0] if series and series[0].members else None
+    cells = {state: sum(cell.state == state for cell in run.cells) for state in ("finished", "crashed", "unfinished")}
+    training = sum(row.get("seconds") or 0 for cell in run.cells for row in cell.cost)
+    testing = sum(row.get("seconds") or 0 for cell in run.cells for row in cell.scores)
+    steps = sorted({row["steps"] for cell in run.cells for row in cell.cost if row.get("steps")})
+    samples = sum(int(count) for count in member.matrix.counts) if member else 0
+    machine = [str(value) for key, value in run.versions.items() if any(word in key.lower() for word in MACHINE_WORDS)]
+    facts = [
+        ("Model", _model(run)),
+        ("Tasks, in order", " → ".join(member.matrix.tasks) if member else ""),
+        ("Base tasks", ", ".join(member.matrix.base_tasks) if member else ""),
+        ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
+        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in run.cells}))),
+        ("Cells", ", ".join(f"{count} {state}" for state, count in cells.items() if count)),
+        ("Test samples", f"{samples} a row of the matrix" if samples else ""),
+        ("Steps a task", " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if steps else ""),
+        ("Time", f"training {show_time(training)}, evaluation {show_time(testing)}" if training or testing else ""),
+        ("Machine", ", ".join(machine)),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def _model(run: Run) -> str:
+    named = run.recipe.get("model", "")
+    if isinstance(named, dict):
+        return str(next((named[key] for key in ("name_or_path", "name", "path") if named.get(key)), ""))
+    return str(named)

@@ -1,0 +1,123 @@
+"""A recipe's cells, one after another; what is done is skipped, what crashed is written down as crashed."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import nn
+
+from alula.config import MethodChoice, Recipe, TaskChoice, write_recipe
+from alula.data.readers import read_task
+from alula.data.stream import Stream, Task
+from alula.data.tasks import load_task
+from alula.errors import UserError
+from alula.files import write_json, write_text
+from alula.models import load_model
+from alula.running.cell import Cell, limited, run_cell
+from alula.training import TrainSettings
+
+RECIPE, VERSIONS = "recipe.yaml", "versions.json"
+
+
+def load_choice(choice: TaskChoice) -> Task:
+    """The task a recipe names: built-in, or read from the user's file.
+
+    Raises:
+        UserError: an unknown built-in task, or data that cannot be used (with file and line).
+    """
+    if choice.path is None:
+        return load_task(choice.name, train_size=choice.train_size, test_size=choice.test_size)
+    task = read_task(choice.name, choice.path, test_path=choice.test_path, scoring=choice.scoring)
+    return limited(task, train_size=choice.train_size, test_size=choice.test_size)
+
+
+def load_stream(recipe: Recipe) -> Stream:
+    """The recipe's stream."""
+    base = tuple(load_choice(choice) for choice in recipe.base_tasks)
+    return Stream(tasks=tuple(load_choice(choice) for choice in recipe.tasks), base_tasks=base)
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, *, progress: Progress | None = None, say: Callable[[str], None] = print, fail_fast: bool = False
+) -> int:
+    """Runs all cells (seed by seed, so that a cut run is balanced) into `folder` and gives the number that crashed.
+
+    Args:
+        say: is told one line per cell.
+        fail_fast: let the first crash through.
+
+    Raises:
+        UserError: `folder` holds a run of another recipe, or the stream cannot be loaded.
+    """
+    start_folder(recipe, folder)
+    stream = load_stream(recipe)
+    crashed = 0
+    for seed in recipe.seeds:
+        for choice in recipe.methods:
+            cell = make_cell(recipe, choice, seed, folder)
+            name = cell.folder.name
+            if cell.is_done:
+                say(f"{name}: done already")
+                continue
+            say(f"{name}: running")
+            try:
+                run_cell(cell, stream, lambda: _load(recipe), progress=progress)
+                (cell.folder / "crashed.json").unlink(missing_ok=True)
+                say(f"{name}: done")
+            except Exception as error:  # a crash of one cell must not lose the others; it is shown as crashed
+                if fail_fast:
+                    raise
+                crashed += 1
+                trace = "" if isinstance(error, UserError) else traceback.format_exc()
+                write_json(cell.folder / "crashed.json", {"error": f"{type(error).__name__}: {error}", "trace": trace})
+                say(f"{name}: crashed: {error}")
+    return crashed
+
+
+def start_folder(recipe: Recipe, folder: Path) -> None:
+    """Writes the resolved recipe and the versions, once.
+
+    Raises:
+        UserError: the folder holds a run of another recipe.
+    """
+    text = write_recipe(recipe)
+    kept = folder / RECIPE
+    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{folder} holds a run of another recipe (see {kept}). Continue it with the same recipe, or choose another --out folder."
+        )
+    write_text(kept, text)
+    packages = ("alula", "torch", "transformers", "accelerate", "datasets", "numpy")
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+    versions |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} x {platform.machine()}"}
+    if not (folder / VERSIONS).exists():
+        write_json(folder / VERSIONS, versions)
+
+
+def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path) -> Cell:
+    """The cell of one method and seed."""
+    settings = TrainSettings(**{**recipe.train.model_dump(), **choice.train, "seed": seed})
+    is_first = seed == recipe.seeds[0]
+    return Cell(
+        method=choice.name,
+        seed=seed,
+        settings=settings,
+        options=choice.options,
+        folder=folder / "cells" / f"{choice.name}-seed{seed}",
+        base_folder=folder / "base",
+        batch_size=recipe.evaluation.batch_size,
+        future_tasks=recipe.evaluation.future_tasks,
+        examples=recipe.examples if is_first else 0,
+        trackers=tuple(recipe.trackers),
+        identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}".encode()).hexdigest(),
+    )
+
+
+def _load(recipe: Recipe) -> tuple[nn.Module, Any]:
+    return load_model(recipe.model, dtype=recipe.dtype)
