@@ -4,10 +4,11 @@ import pytest
 import torch
 from zoo import BUILDERS, build, example_batch
 
-from alula.attach import attach
+from alula.mixtures import attach
 from alula.context import Routing
 from alula.errors import UserError
 from alula.observe import observe
+from alula.training.trainable import recompute_activations
 
 FAMILIES = sorted(BUILDERS)
 # generate() of these calls the decoder with embeddings, past the model's own forward: the pre-hook is not called.
@@ -79,7 +80,7 @@ def test_checkpointing_gives_the_same_gradients(family):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         model(**batch).logits.float().square().mean().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return found

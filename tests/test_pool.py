@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import build, example_batch
 
-from alula.attach import attach
+from alula.mixtures import attach
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import sha256
@@ -104,7 +104,7 @@ def test_an_adapter_made_by_peft_joins_a_pool(tmp_path, rslora):
 def test_a_pool_of_another_base_model_is_refused(tmp_path):
     make_pool(tmp_path / "pool")
     other, _ = build("llava", seed=5)
-    with pytest.raises(UserError, match="made for base model 'tiny'.*start a new pool"):
+    with pytest.raises(UserError, match=r"made for base model 'tiny'.*start a new pool"):
         Pool.open(tmp_path / "pool").attach(other)
 
 

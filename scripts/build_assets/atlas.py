@@ -61,7 +61,7 @@ def _ring(indices: list[int], arcs: list[Ring]) -> Ring:
 def _unwrap(ring: Ring) -> Ring:
     """The ring with longitudes that run on beyond 180 degrees instead of jumping to the other edge of the map."""
     turned, turn = [ring[0]], 0
-    for (before, _), (longitude, latitude) in zip(ring, ring[1:], strict=False):
+    for (before, _), (longitude, latitude) in itertools.pairwise(ring):
         turn += 360 * ((before - longitude > 180) - (longitude - before > 180))
         turned.append((longitude + turn, latitude))
     return turned

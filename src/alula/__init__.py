@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alula.attach import Mixtures, attach
+    from alula.mixtures import Mixtures, attach
     from alula.config import Recipe, read_recipe
     from alula.context import Routing
     from alula.data.collate import Collator
@@ -31,7 +31,7 @@ _HOMES = {
     "METHODS": "methods",
     "Message": "data.sample",
     "Method": "methods",
-    "Mixtures": "attach",
+    "Mixtures": "mixtures",
     "Pool": "pool",
     "Recipe": "config",
     "Routing": "context",
@@ -43,7 +43,7 @@ _HOMES = {
     "Trainer": "training.loop",
     "UserError": "errors",
     "anatomy": "models.anatomy",
-    "attach": "attach",
+    "attach": "mixtures",
     "build_report": "report",
     "evaluate_task": "evaluation.evaluate",
     "generate": "running.learn",

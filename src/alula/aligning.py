@@ -11,7 +11,7 @@ from alula.data.collate import Collator
 from alula.data.stream import Stream, Task
 from alula.errors import UserError
 from alula.evaluation.evaluate import evaluate_task
-from alula.files import sha256, write_json, write_tensors
+from alula.files import read_jsonl, sha256, write_json, write_tensors
 from alula.methods.align import Align
 from alula.models import anatomy, load_model
 from alula.training import Trainer, TrainSettings
@@ -42,8 +42,9 @@ def align(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for module in model.get_submodule(root).modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
     collator = Collator(processor)
     trainer = Trainer(model, Align(model, settings=settings), collator, settings=settings, folder=folder, progress=progress)
     started = time.perf_counter()
@@ -51,6 +52,7 @@ def align(
         pass
     seconds = time.perf_counter() - started
     predictions = evaluate_task(model, collator, task, batch_size=32, limit=test_size)
+    losses = [row["loss"] for row in read_jsonl(folder / "losses.jsonl")]
     path = folder / "connector.safetensors"
     tensors = model.get_submodule(root).state_dict()
     write_tensors(path, {name: tensor.to(torch.float16) for name, tensor in tensors.items()})
@@ -63,6 +65,8 @@ def align(
             "train_samples": len(task.train),
             "settings": settings.model_dump(),
             "seconds": round(seconds, 1),
+            "first_losses": losses[:3],
+            "last_loss": losses[-1],
             "exact_match": sum(found.score for found in predictions) / len(predictions),
             "test_samples": len(predictions),
             "versions": {name: importlib.metadata.version(name) for name in ("alula", "torch", "transformers")},

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from alula.errors import UserError
 
@@ -69,6 +69,7 @@ def write_tensors(path: Path | str, tensors: "dict[str, Tensor]", *, metadata: d
     with replacing(path) as temporary:
         try:
             save_file(whole, temporary, metadata=metadata)
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         except SafetensorError as error:  # safetensors reports a full disk with its own class
             raise OSError(str(error)) from error
 
@@ -82,8 +83,8 @@ def _text(path: Path | str) -> str:
         raise UserError(f"Cannot read {path}: {error}. A UTF-8 text file is wanted.") from error
 
 
-def read_json(path: Path | str) -> Json:
-    """The JSON value in `path`.
+def read_json(path: Path | str) -> Any:
+    """The JSON value in `path`, of whatever type was written there.
 
     Raises:
         UserError: no such file, or not JSON (with the line).

@@ -16,7 +16,7 @@ class Mixture(nn.Module):
     """``host(x) + sum_e weight_e * expert_e(x)`` in place of one linear layer.
 
     Args:
-        host: the frozen layer; anything with `in_features` and `out_features` that is called with one tensor.
+        host: the frozen layer, plain or quantised.
         path: the host's name in the model.
         block: the name of the attention or MLP it belongs to; siblings of a block can share one router.
         cell: what the mixtures of this decoder layer share during a forward.
@@ -24,7 +24,7 @@ class Mixture(nn.Module):
     Source: routing as in arXiv 2402.05859; that several routers can be laid on the same experts is ours.
     """
 
-    def __init__(self, host: nn.Module, *, path: str, block: str, cell: Cell) -> None:
+    def __init__(self, host: nn.Linear, *, path: str, block: str, cell: Cell) -> None:
         super().__init__()
         self.host = host
         self.experts = LoRAExperts(in_features=host.in_features, out_features=host.out_features)
@@ -40,6 +40,10 @@ class Mixture(nn.Module):
     def bias(self) -> Tensor | None:
         """The host's bias."""
         return self.host.bias
+
+    def named_routers(self) -> dict[str, Router]:
+        """The routers laid on these experts, by their registered names."""
+        return {name: router for name, router in self.routers.items() if isinstance(router, Router)}
 
     def forward(self, x: Tensor) -> Tensor:
         """The host's output, and what the chosen experts add to it."""
@@ -68,7 +72,8 @@ class Mixture(nn.Module):
         if context.weights is not None:
             return context.per_row(context.weights, x)
         name = "gate" if context.gate_of is not None else context.routing.router
-        router: Router = self.routers[name]
+        assert name is not None, "a routing without a router brings its weights along"
+        router = self.named_routers()[name]
         if not router.is_shared:
             decided = router(x, context)
         else:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alula.attach import Mixtures
+from alula.mixtures import Mixtures
 from alula.context import BASE
+from alula.routers import AnalyticRouter, GateRouter
 from alula.routers.base import standardise
 
 
@@ -23,13 +24,13 @@ def observe(mixtures: Mixtures, name: str, inputs: Mapping[str, Any], *, tokens:
     seen: set[str] = set()
 
     def at_site(path: str, block: str, x: Tensor, valid: Tensor) -> None:
-        routers, rows = mixtures.sites[path].routers, x[valid]
-        if name == BASE and "gate" in routers:
-            gate = routers["gate"]
+        routers, rows = mixtures.sites[path].named_routers(), x[valid]
+        gate, analytic = routers.get("gate"), routers.get("analytic")
+        if name == BASE and isinstance(gate, GateRouter):
             gate.null_sum = gate.null_sum.to(x.device) + standardise(rows).double().sum(dim=0)
-        if "analytic" in routers and block not in seen:
+        if isinstance(analytic, AnalyticRouter) and block not in seen:
             seen.add(block)
-            routers["analytic"].observe(name, rows)
+            analytic.observe(name, rows)
 
     with mixtures.director.recording(observer=at_site if tokens else None):
         features = mixtures.director.describe(inputs)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from alula.attach import Mixtures
+from alula.mixtures import Mixtures
 from alula.errors import UserError
 from alula.files import read_json, read_tensors, write_json, write_tensors
 

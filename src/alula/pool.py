@@ -3,7 +3,9 @@
 import time
 from pathlib import Path
 
-from alula.attach import Mixtures, attach
+from torch import nn
+
+from alula.mixtures import Mixtures, attach
 from alula.context import BASE, Routing
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
@@ -105,7 +107,7 @@ class Pool:
             raise UserError(f"Unknown expert '{name}' in {self.folder}. {nearest(name, self.names)}")
         return self.folder / "experts" / name
 
-    def attach(self, model: object) -> Mixtures:
+    def attach(self, model: nn.Module) -> Mixtures:
         """Attaches every expert and router to the base model and routes by `routing`.
 
         Raises:

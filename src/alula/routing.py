@@ -14,7 +14,7 @@ from alula.errors import UserError
 from alula.routers.prompt import describe
 
 if TYPE_CHECKING:
-    from alula.attach import Mixtures
+    from alula.mixtures import Mixtures
 
 _NOT_IN_A_PROMPT_PASS = ("labels", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "num_logits_to_keep", KEYWORD)
 
@@ -56,12 +56,12 @@ class Director:
     @contextlib.contextmanager
     def recording(self, *, recorder: Recorder | None = None, observer: Observer | None = None) -> Iterator[None]:
         """Lets `recorder` see every mixture's weights and `observer` every mixture's input, inside the block."""
-        tokens = [(self._recorder, self._recorder.set(recorder)), (self._observer, self._observer.set(observer))]
+        before, seen_before = self._recorder.set(recorder), self._observer.set(observer)
         try:
             yield
         finally:
-            for variable, token in tokens:
-                variable.reset(token)
+            self._recorder.reset(before)
+            self._observer.reset(seen_before)
 
     @contextlib.contextmanager
     def deciding(self, log_weights: Tensor) -> Iterator[None]:
@@ -163,8 +163,8 @@ class Director:
         log_weights = self._prompt_decision(routing, inputs, shape)
         if routing.level == "combined":
             return {"active": everyone, "prior": log_weights if routing.router == "analytic" else log_weights[:, : len(names)]}
-        best, index = log_weights.topk(min(routing.top_k, log_weights.shape[-1]), dim=-1)
-        weights = torch.zeros_like(log_weights).scatter(-1, index, best.softmax(dim=-1))[:, : len(names)]
+        best, classes = log_weights.topk(min(routing.top_k, log_weights.shape[-1]), dim=-1)
+        weights = torch.zeros_like(log_weights).scatter(-1, classes, best.softmax(dim=-1))[:, : len(names)]
         active = tuple(torch.nonzero(weights.any(dim=0)).flatten().tolist())
         return {"active": active, "weights": weights[:, list(active)] if active else None}
 

@@ -10,23 +10,20 @@ def align(
     out: Annotated[Path, typer.Option(help="Where connector.safetensors and its manifest go.")],
     model: Annotated[str, typer.Option(help="A model with an encoder and a connector.")] = "smol",
     task: Annotated[str, typer.Option(help="A built-in task, or name=file.jsonl.")] = "captions",
-    train_size: Annotated[int | None, typer.Option(help="Training samples at most.")] = 3200,
+    train_size: Annotated[int, typer.Option(help="Training samples at most.", min=1)] = 3200,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=400. May be repeated.")] = None,
 ) -> None:
     """Train a connector so that a frozen language model can read a frozen image encoder."""
-    import yaml
-
+    from alula.cli.arguments import task_choice
     from alula.cli.screen import progress, results
-    from alula.config import TaskChoice, check_train
+    from alula.config import check_train, parse_settings
 
     defaults = {"steps": 200, "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "save_every": 100}
-    changes = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in set_ or [])}
-    settings = check_train({**defaults, **changes})
-    name, _, path = task.partition("=")
+    settings = check_train(defaults | parse_settings(set_ or []))
+    choice = task_choice(task, train_size=train_size)
     from alula.aligning import align as run
     from alula.running.run import load_choice
 
-    chosen = load_choice(TaskChoice(name=name, path=Path(path) if path else None, train_size=train_size))
     with progress() as bar:
-        made = run(model, chosen, settings=settings, folder=out, progress=bar)
-    results.print(f"Connector: {made}")
+        made = run(model, load_choice(choice), settings=settings, folder=out, progress=bar)
+    results.print(f"Connector: {made}", markup=False, soft_wrap=True)

@@ -1,10 +1,33 @@
 """The Typer application: a new verb is one new file and one line here."""
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from alula.cli import align, evaluate, generate, learn, listing, report, run
+from alula.cli.screen import notes
+from alula.errors import UserError
+
+
+class Verbs(TyperGroup):
+    """The verbs; what a user did wrong is one message on stderr and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs one verb."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            notes.print("Error", style="bold red", end=" ")
+            notes.print(str(error), markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            notes.print("Stopped. What was saved is whole: the same command again goes on from the last checkpoint.", soft_wrap=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=Verbs,
     name="alula",
     help="Teach a vision-language model new tasks, one after another, without forgetting, and prove it.",
     no_args_is_help=True,

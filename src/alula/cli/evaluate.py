@@ -10,19 +10,20 @@ def evaluate(
     pool: Annotated[Path, typer.Option(help="The pool's folder.")],
     task: Annotated[list[str], typer.Option(help="A built-in task, or name=file.jsonl. May be repeated.")],
     out: Annotated[Path | None, typer.Option(help="Where predictions go. Default: evaluation in the pool.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Test samples at most per task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Test samples at most per task.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the pool says.")] = None,
 ) -> None:
     """Score a pool on tasks, as it would answer a user: no task is told."""
     from rich.table import Table
 
+    from alula.cli.arguments import task_choice
     from alula.cli.screen import progress, results
-    from alula.config import TaskChoice
+
+    choices = [task_choice(entry) for entry in task]
     from alula.running.learn import open_pool, score_pool
     from alula.running.run import load_choice
 
-    pairs = [entry.partition("=") for entry in task]
-    tasks = [load_choice(TaskChoice(name=name, path=Path(path) if path else None)) for name, _, path in pairs]
+    tasks = [load_choice(choice) for choice in choices]
     folder = out or pool / "evaluation"
     with progress() as bar:
         rows = score_pool(open_pool(pool, model_name=model), tasks, out=folder, limit=limit, progress=bar)
@@ -30,4 +31,4 @@ def evaluate(
     for row in rows:
         table.add_row(row["task"], f"{row['score']:.3f}", str(row["num_samples"]), str(row["unparsed"]), row["metric"])
     results.print(table)
-    results.print(f"Predictions: {folder}")
+    results.print(f"Predictions: {folder}", markup=False, soft_wrap=True)

@@ -9,20 +9,21 @@ import typer
 def generate(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     pool: Annotated[Path, typer.Option(help="The pool's folder.")],
-    image: Annotated[list[Path] | None, typer.Option(help="An image file. May be repeated.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file. May be repeated.", exists=True, dir_okay=False)] = None,
     model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the pool says.")] = None,
     show_routing: Annotated[bool, typer.Option(help="Show which expert speaks on each token.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 64,
 ) -> None:
     """Ask one question about any number of images."""
-    from alula.cli.screen import notes, results
+    from alula.cli.screen import notes, quiet_libraries, results
     from alula.running.learn import generate as answer
     from alula.running.learn import open_pool
 
+    quiet_libraries()
     with notes.status("Loading the model ..."):
         opened = open_pool(pool, model_name=model)
     reply = answer(opened, question, images=tuple(image or ()), max_new_tokens=max_new_tokens)
-    results.print(reply.text, markup=False)
+    results.print(reply.text, markup=False, soft_wrap=True)
     if show_routing:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(reply.shares.items(), key=lambda pair: -pair[1]))
         notes.print(f"Weights: {shares}")

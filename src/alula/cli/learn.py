@@ -5,32 +5,39 @@ from typing import Annotated
 
 import typer
 
+FEW = 20
+"""Test samples below which a score says little."""
+
 
 def learn(
     task: Annotated[str, typer.Option(help="name=file.jsonl (or .json, .parquet, a folder), or the name of a built-in task.")],
     pool: Annotated[Path, typer.Option(help="The pool's folder; it is made if there is none.")],
-    model: Annotated[str, typer.Option(help="The base model: smol, a folder, or a name on the hub.")] = "smol",
-    test: Annotated[Path | None, typer.Option(help="Test rows. Default: a tenth of the data is held out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model: smol, a folder, or a name on the hub. Default: the pool's; smol for a new pool.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="A file of test rows. Default: a tenth of the data is held out.")] = None,
     scoring: Annotated[str, typer.Option(help="exact_match, or ranked for rows with options.")] = "exact_match",
-    train_size: Annotated[int | None, typer.Option(help="Training samples at most.")] = None,
-    test_size: Annotated[int | None, typer.Option(help="Test samples at most.")] = None,
-    rank: Annotated[int, typer.Option(help="Width of the expert.")] = 8,
-    linears: Annotated[str | None, typer.Option(help="Where a new pool's experts sit: names with commas. Default: all of the decoder.")] = None,
-    router: Annotated[str, typer.Option(help="How a new pool's experts are chosen; see `alula list`.")] = "analytic",
+    train_size: Annotated[int | None, typer.Option(help="Training samples at most.", min=1)] = None,
+    test_size: Annotated[int | None, typer.Option(help="Test samples at most.", min=1)] = None,
+    rank: Annotated[int, typer.Option(help="Width of the expert.", min=1)] = 8,
+    linears: Annotated[
+        str | None, typer.Option(help="Where a new pool's experts sit: names with commas. Default: all of the decoder.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="How a new pool's experts are chosen; see `alula list`. Default: analytic.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=200. May be repeated.")] = None,
 ) -> None:
-    """Learn one task. Nothing that the pool holds is changed; no data of earlier tasks is needed."""
-    import yaml
+    """Learn one task. Nothing that the pool holds is changed; no data of earlier tasks is needed.
 
+    A row of the file, with images beside it:
+    {"question": "What is this?", "answer": "a heron", "image": "heron.png"}
+    """
+    from alula.cli.arguments import quoted, task_choice
     from alula.cli.screen import notes, progress, results
-    from alula.config import TaskChoice, check_train
+    from alula.config import check_train, parse_settings
 
-    settings = check_train({key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in set_ or [])})
-    name, _, path = task.partition("=")
-    choice = TaskChoice(
-        name=name, path=Path(path) if path else None, test_path=test, scoring=scoring, train_size=train_size, test_size=test_size
-    )
+    settings = check_train({"save_every": 20} | parse_settings(set_ or []))
+    choice = task_choice(task, test_path=test, scoring=scoring, train_size=train_size, test_size=test_size)
     from alula.running.learn import learn_task
     from alula.running.run import load_choice
 
@@ -47,5 +54,9 @@ def learn(
             progress=bar,
         )
     if about["after"] is not None:
-        results.print(f"{name}: {about['before']:.3f} before, {about['after']:.3f} after (n = {about['test_samples']})")
-    notes.print(f"Kept in {pool}. Ask it: alula generate --pool {pool} --image picture.png 'What is this?'")
+        scores = f"{about['before']:.3f} before, {about['after']:.3f} after"
+        results.print(f"{choice.name}: {scores} ({about['metric'].replace('_', ' ')}, n = {about['test_samples']})", soft_wrap=True)
+        if about["test_samples"] < FEW:
+            notes.print(f"{about['test_samples']} test samples tell little; --test takes a file of more.", soft_wrap=True)
+    asking = f"alula generate --pool {quoted(pool)} --image picture.png 'What is this?'"
+    notes.print(f"Kept in {pool}. Ask it: {asking}\nAll it has learnt: alula report {quoted(pool)}", markup=False, soft_wrap=True)

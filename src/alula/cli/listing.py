@@ -8,22 +8,15 @@ import typer
 
 def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; without it, all that alula knows by name.")] = None) -> None:
     """List a pool's experts, or every task, method and router by name."""
-    from rich.table import Table
-
     from alula.cli.screen import results
 
     if pool is not None:
-        from alula.pool import Pool
+        from alula.cli.tables import pool_table
 
-        opened = Pool.open(pool)
-        table = Table("expert", "added", "samples", "steps", "before", "after", "n", title=f"{pool}: base model {opened.base}")
-        for expert in opened.manifest["experts"]:
-            about = expert["about"]
-            scores = ["-" if about.get(key) is None else f"{about[key]:.3f}" for key in ("before", "after")]
-            table.add_row(expert["name"], expert["added"], *(str(about.get(key, "-")) for key in ("samples", "steps")), *scores,
-                          str(about.get("test_samples", "-")))
-        results.print(table)
+        results.print(pool_table(pool))
         return
+    from rich.table import Table
+
     from alula.data.tasks import describe
     from alula.methods import METHODS
     from alula.routers.named import ROUTINGS

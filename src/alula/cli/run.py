@@ -21,12 +21,13 @@ def run(
     from alula.running.run import run_recipe
 
     with progress() as bar:
-        crashed = run_recipe(wanted, folder, progress=bar, say=lambda line: notes.print(line))
+        crashed = run_recipe(wanted, folder, progress=bar, say=lambda line: notes.print(line, markup=False, soft_wrap=True))
     page = build_report(folder)
     from alula.cli.tables import summary_table
 
     results.print(summary_table(folder))
-    results.print(f"Report: {page}")
+    results.print(f"Report: {page}", markup=False, soft_wrap=True)
     if crashed:
-        notes.print(f"{crashed} cells crashed; the report says why. Run the same command again to try only these.")
+        cells = "1 cell" if crashed == 1 else f"{crashed} cells"
+        notes.print(f"{cells} crashed; the report says why. The same command again tries only what is not done.", soft_wrap=True)
         raise typer.Exit(1)

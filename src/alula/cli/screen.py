@@ -21,7 +21,7 @@ def progress() -> Iterator["Progress"]:
 
     from alula.training import progress_bar
 
-    _quiet_libraries()
+    quiet_libraries()
     with progress_bar(console=notes) as bar:
         handler = RichHandler(console=bar.console, show_time=False, show_level=False, show_path=False)
         logging.getLogger("alula").addHandler(handler)
@@ -32,7 +32,7 @@ def progress() -> Iterator["Progress"]:
             logging.getLogger("alula").removeHandler(handler)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Transformers shows a bar of its own for each load; ours says more."""
     from transformers.utils import logging as theirs
 

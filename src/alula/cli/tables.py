@@ -1,4 +1,4 @@
-"""The summary of a run as a table for the terminal."""
+"""The summary of a run or a pool as a table for the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,20 @@ def summary_table(folder: Path) -> Table:
         metrics: Any = row["metrics"]
         cells = [_cell(metrics[metric.name]) for metric in METRICS]
         table.add_row(f"{row['series']}{' (running)' if row['is_partial'] else ''}", str(len(row["seeds"])), *cells)
+    return table
+
+
+def pool_table(folder: Path) -> Table:
+    """One row per expert: what it was trained on, and its scores when it was learnt."""
+    from alula.report.pool_page import read_pool
+
+    manifest = read_pool(folder)
+    table = Table("expert", "added", "samples", "steps", "before", "after", "n", title=f"{folder}: base model {manifest['base']['name']}")
+    for expert in manifest["experts"]:
+        about = expert.get("about", {})
+        scores = ["-" if about.get(key) is None else f"{about[key]:.3f}" for key in ("before", "after")]
+        counts = [str(about.get(key, "-")) for key in ("samples", "steps")]
+        table.add_row(expert["name"], expert.get("added", "-"), *counts, *scores, str(about.get("test_samples", "-")))
     return table
 
 

@@ -1,6 +1,7 @@
 """One task, one model, one prediction for each test sample. It knows no method and writes no file."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Required, TypedDict
 
 import torch
 from torch import nn
@@ -13,7 +14,17 @@ from alula.evaluation.ranking import check_options, rank_options
 from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, prompt_text
 
 Progress = Callable[[int, int], None]
-Answer = dict[str, object]
+
+
+class Answer(TypedDict, total=False):
+    """What scoring one sample found: the measured fields of its `Prediction`."""
+
+    output: Required[str]
+    score: Required[float]
+    parsed: bool
+    options: tuple[str, ...]
+    loss_bits: float
+    bytes: int
 
 
 def evaluate_task(

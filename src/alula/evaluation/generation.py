@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -17,13 +17,18 @@ Around = Callable[[Batch], AbstractContextManager[object]]
 class BatchMaker(Protocol):
     """What evaluation needs of a collator: three batches and the processor that reads tokens back."""
 
-    processor: object
+    @property
+    def processor(self) -> Any:
+        """A processor of Transformers, or a bare tokenizer."""
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch: ...
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Whole conversations with labels."""
 
-    def prompts(self, samples: Sequence[Sample]) -> Batch: ...
+    def prompts(self, samples: Sequence[Sample]) -> Batch:
+        """Conversations up to the answer, padded on the left."""
 
-    def continuations(self, samples: Sequence[Sample], options: Sequence[Sequence[str]]) -> Batch: ...
+    def continuations(self, samples: Sequence[Sample], options: Sequence[Sequence[str]]) -> Batch:
+        """One row for each sample and option, with labels on the option."""
 
 
 def untouched(batch: Batch) -> AbstractContextManager[object]:
@@ -63,10 +68,9 @@ def generate_answers(
     tokenizer = getattr(collator.processor, "tokenizer", collator.processor)
     prompts = on_device(collator.prompts(samples), device)
     options = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+    generate: Any = model.generate  # every unknown attribute of a module is a Tensor or a module to type checkers
     with around(prompts):
-        whole: Int[Tensor, "batch tokens"] = model.generate(
-            **prompts, max_new_tokens=max_new_tokens, do_sample=False, **options
-        )
+        whole: Int[Tensor, "batch tokens"] = generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, **options)
     answers = whole[:, prompts["input_ids"].shape[1] :]  # prompts are padded on the left: all answers start together
     ends = ending_tokens(model, tokenizer)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alula.attach import Mixtures, attach
+from alula.mixtures import Mixtures, attach
 from alula.context import Routing
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.methods.base import METHODS, Method, Stage

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alula.attach import Mixtures, attach
+from alula.mixtures import Mixtures, attach
 from alula.context import BASE, Routing
 from alula.data.sample import Sample
 from alula.data.stream import Task
@@ -128,21 +128,15 @@ class Routed(Method):
 
     def arms(self) -> tuple[Arm, ...]:
         """One per way of choosing experts; with the oracle a task's score is settled once it was learnt."""
-        made = []
-        for name in self.arm_names:
-            if name == ORACLE:
-                made.append(Arm(name=name, enter=lambda task: self.mixtures.using(self._oracle(task)), is_settled=True))
-            elif name == UNIFORM:
-                made.append(Arm(name=name, enter=lambda task: self.mixtures.using(self._uniform())))
-            else:
-                made.append(
-                    Arm(
-                        name=name,
-                        enter=lambda task, routing=ROUTINGS[name]: self.mixtures.using(routing),
-                        around=self.mixtures.director.on_prompts,
-                    )
-                )
-        return tuple(made)
+        return tuple(self._arm(name) for name in self.arm_names)
+
+    def _arm(self, name: str) -> Arm:
+        if name == ORACLE:
+            return Arm(name=name, enter=lambda task: self.mixtures.using(self._oracle(task)), is_settled=True)
+        if name == UNIFORM:
+            return Arm(name=name, enter=lambda task: self.mixtures.using(self._uniform()))
+        routing = ROUTINGS[name]
+        return Arm(name=name, enter=lambda task: self.mixtures.using(routing), around=self.mixtures.director.on_prompts)
 
     def _oracle(self, task: Task) -> Routing:
         return Routing(fixed={task.name: 1.0} if task.name in self.mixtures.names else {})

@@ -65,8 +65,8 @@ class ComposedProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: ComposedImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: ComposedImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
         image_seq_length: int = 16,
         image_token: str = IMAGE_TOKEN,
         chat_template: str | None = None,

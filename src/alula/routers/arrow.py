@@ -22,6 +22,8 @@ class ArrowRouter(Router):
     Source: Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs" (arXiv 2405.11157).
     """
 
+    prototypes: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.names: list[str] = []

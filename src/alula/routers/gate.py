@@ -29,6 +29,7 @@ class GateRouter(Router):
     """
 
     needs_training = True
+    null_sum: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)

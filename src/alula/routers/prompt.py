@@ -85,7 +85,8 @@ class PromptRouter:
         if self._classifiers is None:
             self._classifiers = [statistics.solve() for statistics in self.statistics]
         order = [known.index(name) for name in (*experts, *([BASE] if BASE in known else []))]
-        scores = sum(rows.float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
+        by_layer = (rows.float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
+        scores = sum(by_layer, start=torch.tensor(0.0))
         return (scores * (self.temperature if temperature is None else temperature)).log_softmax(dim=-1)
 
     def stored(self, name: str) -> dict[str, Tensor]:

@@ -155,10 +155,16 @@ class ScoreBook:
             if self.progress is not None and bar is not None:
                 self.progress.update(bar, completed=done)
 
-        extra = {"around": way.around} if way else {}
         with way.enter(task) if way else contextlib.nullcontext():
             found = evaluate_task(
-                self.model, self.collator, task, batch_size=cell.batch_size, progress=move, seed=cell.seed, method=cell.method, **extra
+                self.model,
+                self.collator,
+                task,
+                batch_size=cell.batch_size,
+                progress=move,
+                seed=cell.seed,
+                method=cell.method,
+                around=way.around if way else None,
             )
         if self.progress is not None and bar is not None:
             self.progress.remove_task(bar)

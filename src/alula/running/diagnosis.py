@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alula.attach import Mixtures
+from alula.mixtures import Mixtures
 from alula.context import BASE, Routing
 from alula.data.collate import Collator
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.files import read_jsonl, write_json
 from alula.methods import Arm, Method
+from alula.routers import GateRouter
 
 SAMPLES = 24
 """Test samples per task that the router's statistics are taken from."""
@@ -68,7 +69,7 @@ def log_weights(mixtures: Mixtures, model: nn.Module, batch: dict[str, Tensor], 
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items()}
     valid = batch["attention_mask"].bool().cpu()
-    log = WeightLog(mixtures, tuple(valid.shape), valid)
+    log = WeightLog(mixtures, (valid.shape[0], valid.shape[1]), valid)
     with arm.enter(task), arm.around(batch), mixtures.director.recording(recorder=log):
         model(**{key: value for key, value in batch.items() if key != "labels"})
     return log
@@ -118,7 +119,9 @@ def _gate_cosines(mixtures: Mixtures) -> list[list[float]]:
     """Mean over sites of the cosine between centred gates."""
     total = torch.zeros(len(mixtures.names), len(mixtures.names))
     for mixture in mixtures.sites.values():
-        gates = torch.stack([gate.detach().float().cpu() for gate in mixture.routers["gate"].gates])
+        router = mixture.named_routers()["gate"]
+        assert isinstance(router, GateRouter)
+        gates = torch.stack([gate.detach().float().cpu() for gate in router.gates])
         unit = nn.functional.normalize(gates - gates.mean(dim=-1, keepdim=True), dim=-1)
         total += unit @ unit.T
     return (total / len(mixtures.sites)).tolist()
@@ -165,7 +168,7 @@ def _example(
         picture = f"examples/{number:02d}.png"
         (folder / "examples").mkdir(parents=True, exist_ok=True)
         images[0].save(folder / picture)
-    side = int(round(int(image.sum()) ** 0.5))
+    side = round(int(image.sum()) ** 0.5)
     return {
         "task": task.name,
         "arm": arm.name,

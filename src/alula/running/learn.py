@@ -1,6 +1,7 @@
 """Daily use of a pool: learn one more task without old data, ask a question, score what is there."""
 
 import contextlib
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +10,26 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from alula.attach import Mixtures, attach
 from alula.context import BASE
 from alula.data.collate import Collator
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
-from alula.errors import UserError
+from alula.errors import UserError, nearest
 from alula.evaluation.evaluate import evaluate_task
 from alula.evaluation.scores import score_task
+from alula.experts.lora import check_name
 from alula.files import write_jsonl
 from alula.methods import Arm
 from alula.methods.routed import Routed
+from alula.mixtures import Mixtures, attach
 from alula.models import load_model
+from alula.models.loading import EMBEDDED
 from alula.pool import MANIFEST, Pool
 from alula.routers.named import ROUTINGS
 from alula.running.diagnosis import log_weights
 from alula.training import Trainer, TrainSettings
+
+BEFORE, AFTER = "before.jsonl", "predictions.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ def open_pool(folder: Path | str, *, model_name: str | None = None, dtype: str =
 
 
 def learn_task(
-    model_name: str,
+    model_name: str | None,
     pool_folder: Path | str,
     task: Task,
     *,
@@ -57,55 +62,66 @@ def learn_task(
     rank: int = 8,
     linears: list[str] | str | None = None,
     layers: list[int] | None = None,
-    router: str = "analytic",
+    router: str | None = None,
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Adds one task to a pool (made if there is none) without any data of earlier tasks.
 
+    Interrupted, the same call goes on from the last checkpoint, below ``learning/`` in the pool.
+
     Args:
-        model_name: the base model; must be the pool's.
-        linears, layers: where experts sit; only for a new pool, which keeps them.
-        router: one of `ROUTINGS`; only for a new pool.
+        model_name: the base model; None: the pool's, or the embedded default for a new pool.
+        linears, layers: where experts sit; None: where the pool's do, or all linears of the decoder for a new pool.
+        router: one of `ROUTINGS`; None: the pool's, or ``analytic`` for a new pool.
 
     Returns:
         the task's score before and after, with sample counts, as kept in the pool's manifest.
 
     Raises:
-        UserError: another base model than the pool's, a task name that is taken, data that cannot be used.
+        UserError: another base model, place or router than the pool's, a name that is taken, data that cannot be used.
     """
-    if router not in ROUTINGS:
-        raise UserError(f"Unknown router '{router}'. Known: {', '.join(ROUTINGS)}.")
     settings, folder = settings or TrainSettings(), Path(pool_folder)
-    model, processor = load_model(model_name, dtype=dtype)
-    if (folder / MANIFEST).exists():
-        pool = Pool.open(folder)
-        if task.name in pool.names:
-            raise UserError(f"The pool {folder} knows a task '{task.name}' already. Choose another name for the new one.")
-        mixtures, arms = pool.attach(model), (pool.arm,)
-    else:
-        pool, mixtures, arms = None, attach(model, linears=linears, layers=layers), (router,)
-    collator = Collator(processor)
-    method = Routed(model, settings=settings, rank=rank, arms=arms, mixtures=mixtures)
-    before = _score(model, collator, task, settings.seed, None)[0]
-    work = folder / "learning" / task.name
-    trainer = Trainer(model, method, collator, settings=settings, folder=work, progress=progress, identity=model_name)
+    pool = Pool.open(folder) if (folder / MANIFEST).exists() else None
+    _check_new(task.name, pool, folder, linears=linears, layers=layers, router=router)
+    base = _absolute(model_name or (pool.base if pool else EMBEDDED))
+    model, processor = load_model(base, dtype=dtype)
+    mixtures = pool.attach(model) if pool else attach(model, linears=linears, layers=layers)
+    arm, collator = pool.arm if pool else router or "analytic", Collator(processor)
+    method = Routed(model, settings=settings, rank=rank, arms=(arm,), mixtures=mixtures)
+    before, first = _score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None)
+    work, identity = folder / "learning" / task.name, f"{base}, rank {rank}, {linears}, {layers}, {arm}"
+    trainer = Trainer(model, method, collator, settings=settings, folder=work, progress=progress, identity=identity)
     (learnt,) = list(trainer.learn(Stream(tasks=(task,))))
-    after, predictions = _score(model, collator, task, settings.seed, method.arms()[0])
-    about = {
-        "samples": len(task.train),
-        "steps": settings.steps,
-        "before": before,
-        "after": after,
-        "test_samples": len(task.test),
-        "cost": learnt.cost.row(),
-        "seed": settings.seed,
-    }
-    if pool is None:
-        pool = Pool.create(folder, mixtures, base=model_name, linears=linears, layers=layers, arm=router)
+    after, last = _score(model, collator, task, settings.seed, method.arms()[0])
+    scores = {"before": before, "after": after, "test_samples": len(task.test), "metric": task.scoring}
+    about = {"samples": len(task.train), "steps": settings.steps, **scores, "cost": learnt.cost.row(), "seed": settings.seed}
+    pool = pool or Pool.create(folder, mixtures, base=base, linears=linears, layers=layers, arm=arm)
+    for name, found in ((BEFORE, first), (AFTER, last)):  # before `add`: an expert counts once the manifest names it
+        write_jsonl(folder / "experts" / task.name / name, [prediction.as_row() for prediction in found])
     pool.add(mixtures, task.name, about=about)
-    write_jsonl(pool.expert_folder(task.name) / "predictions.jsonl", [found.as_row() for found in predictions])
+    shutil.rmtree(work / "checkpoint", ignore_errors=True)  # the pool holds it now; losses.jsonl stays
     return about
+
+
+def _check_new(name: str, pool: Pool | None, folder: Path, *, linears: object, layers: object, router: str | None) -> None:
+    """Refuses at the door what would otherwise come to light after minutes of training."""
+    check_name(name)
+    if router is not None and router not in ROUTINGS:
+        raise UserError(f"Unknown router '{router}'. {nearest(router, ROUTINGS)}")
+    if pool is None:
+        return
+    if name in pool.names:
+        raise UserError(f"The pool {folder} knows a task '{name}' already. Choose another name for the new one.")
+    kept = {"linears": pool.manifest["linears"], "layers": pool.manifest["layers"], "router": pool.arm}
+    for what, given in {"linears": linears, "layers": layers, "router": router}.items():
+        if given is not None and given != kept[what]:
+            raise UserError(f"{what} is {given!r}, but the pool {folder} was made with {kept[what]!r}. Leave it out, or start a new pool.")
+
+
+def _absolute(model_name: str) -> str:
+    """A folder by its whole path, so that the pool works from every working directory; other names as they are."""
+    return str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
 
 
 def _score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None) -> tuple[float | None, list]:
@@ -158,12 +174,15 @@ def generate(opened: Opened, question: str, *, images: tuple[Path, ...] = (), ma
     names = [*mixtures.names, BASE]
     shares = dict(zip(names, weights.mean(dim=0).tolist(), strict=True))
     image = mixtures.anatomy.image_mask(prompt["input_ids"])[0].tolist()
-    said = ["[image]" if is_image else collator.tokenizer.decode([i]) for i, is_image in zip(prompt["input_ids"][0].tolist(), image, strict=True)]
+    ids = prompt["input_ids"][0].tolist()
+    said = ["[image]" if is_image else collator.tokenizer.decode([token]) for token, is_image in zip(ids, image, strict=True)]
     speakers = [names[int(index)] for index in weights.argmax(dim=-1)]
     return Reply(text=text, shares=shares, tokens=list(zip(said, speakers, strict=True)), seconds=seconds)
 
 
-def score_pool(opened: Opened, tasks: list[Task], *, out: Path, limit: int | None = None, progress: Progress | None = None) -> list[dict[str, Any]]:
+def score_pool(
+    opened: Opened, tasks: list[Task], *, out: Path, limit: int | None = None, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Scores the pool on tasks and keeps every prediction in `out`."""
     collator, rows = Collator(opened.processor), []
     for task in tasks:

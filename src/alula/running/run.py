@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.progress import Progress
 from torch import nn
 
-from alula.config import MethodChoice, Recipe, TaskChoice, write_recipe
-from alula.data.readers import read_task
+from alula.config import MethodChoice, Recipe, TaskChoice, check_recipe, write_recipe
+from alula.data.readers import check_images, read_task
 from alula.data.stream import Stream, Task
 from alula.data.tasks import load_task
 from alula.errors import UserError
 from alula.files import write_json, write_text
+from alula.methods import METHODS
 from alula.models import load_model
 from alula.running.cell import Cell, limited, run_cell
 from alula.training import TrainSettings
@@ -29,12 +31,14 @@ def load_choice(choice: TaskChoice) -> Task:
     """The task a recipe names: built-in, or read from the user's file.
 
     Raises:
-        UserError: an unknown built-in task, or data that cannot be used (with file and line).
+        UserError: an unknown built-in task, or data that cannot be used (with file and line), images included.
     """
     if choice.path is None:
         return load_task(choice.name, train_size=choice.train_size, test_size=choice.test_size)
     task = read_task(choice.name, choice.path, test_path=choice.test_path, scoring=choice.scoring)
-    return limited(task, train_size=choice.train_size, test_size=choice.test_size)
+    task = limited(task, train_size=choice.train_size, test_size=choice.test_size)
+    check_images([*task.train, *task.test])  # now, not in the middle of the training
+    return task
 
 
 def load_stream(recipe: Recipe) -> Stream:
@@ -53,10 +57,13 @@ def run_recipe(
         fail_fast: let the first crash through.
 
     Raises:
-        UserError: `folder` holds a run of another recipe, or the stream cannot be loaded.
+        UserError: `folder` holds a run of another recipe, a method is unknown, or the stream cannot be loaded; nothing is
+            written then.
     """
-    start_folder(recipe, folder)
+    for choice in recipe.methods:
+        METHODS[choice.name]
     stream = load_stream(recipe)
+    start_folder(recipe, folder)
     crashed = 0
     for seed in recipe.seeds:
         for choice in recipe.methods:
@@ -88,7 +95,7 @@ def start_folder(recipe: Recipe, folder: Path) -> None:
     """
     text = write_recipe(recipe)
     kept = folder / RECIPE
-    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+    if kept.exists() and not _is_same(recipe, kept):
         raise UserError(
             f"{folder} holds a run of another recipe (see {kept}). Continue it with the same recipe, or choose another --out folder."
         )
@@ -100,6 +107,14 @@ def start_folder(recipe: Recipe, folder: Path) -> None:
         write_json(folder / VERSIONS, versions)
 
 
+def _is_same(recipe: Recipe, kept: Path) -> bool:
+    """By meaning, not by letter: a key that a newer alula knows, at its default, changes nothing."""
+    try:
+        return check_recipe(yaml.safe_load(kept.read_text(encoding="utf-8"))) == recipe
+    except (UserError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+
+
 def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path) -> Cell:
     """The cell of one method and seed."""
     settings = TrainSettings(**{**recipe.train.model_dump(), **choice.train, "seed": seed})
@@ -109,7 +124,7 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path) -> 
         seed=seed,
         settings=settings,
         options=choice.options,
-        folder=folder / "cells" / f"{choice.name}-seed{seed}",
+        folder=folder / "cells" / f"{choice.shown}-seed{seed}",
         base_folder=folder / "base",
         batch_size=recipe.evaluation.batch_size,
         future_tasks=recipe.evaluation.future_tasks,

@@ -56,7 +56,7 @@ def build(*, language: str, train_size: int | None, test_size: int | None, seed:
             )
         splits[split] = samples
     tokens = answer_tokens(splits["train"] + splits["test"])
-    return Task(name=name, **splits, max_new_tokens=tokens, description=str(INFO[name]))
+    return Task(name=name, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[name]))
 
 
 def _draw(content: bytes, ink: Colour) -> Image.Image:

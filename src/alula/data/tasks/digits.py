@@ -40,7 +40,7 @@ def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
         count = SIZES[split] if size is None else min(size, SIZES[split])
         splits[split] = [_sample(pool, split, index, generator(NAME, split, seed, index)) for index in range(count)]
     tokens = answer_tokens(splits["train"] + splits["test"])
-    return Task(name=NAME, **splits, max_new_tokens=tokens, description=str(INFO[NAME]))
+    return Task(name=NAME, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[NAME]))
 
 
 def _sample(pool: list[dict[str, Any]], split: str, index: int, rng: random.Random) -> Sample:

@@ -34,4 +34,4 @@ def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
             for index, row in choose(found, size=size, seed=seed, name=f"{NAME}/{split}")
         ]
     tokens = answer_tokens(splits["train"] + splits["test"])
-    return Task(name=NAME, **splits, max_new_tokens=tokens, description=str(INFO[NAME]))
+    return Task(name=NAME, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[NAME]))

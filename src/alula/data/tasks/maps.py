@@ -85,7 +85,7 @@ def build(*, language: str, train_size: int | None, test_size: int | None, seed:
             )
         splits[split] = samples
     tokens = answer_tokens(splits["train"] + splits["test"])
-    return Task(name=name, **splits, max_new_tokens=tokens, description=str(INFO[name]))
+    return Task(name=name, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[name]))
 
 
 def _outlines(row: dict[str, Any]) -> list[Outline]:

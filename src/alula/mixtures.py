@@ -12,7 +12,7 @@ from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
 from alula.mixture import Mixture
 from alula.models.anatomy import Anatomy, anatomy
-from alula.routers import ROUTERS, PromptRouter, Router
+from alula.routers import ROUTERS, GateRouter, PromptRouter, Router
 from alula.routing import Director
 
 
@@ -96,7 +96,7 @@ class Mixtures:
             mixture.experts.grow(
                 name, rank=rank, alpha=2.0 * rank if alpha is None else alpha, dtype=dtype, device=weight.device, generator=generator
             )
-            for router in mixture.routers.values():
+            for router in mixture.named_routers().values():
                 router.grow(name, mixture.experts)
 
     def remove(self, name: str) -> None:
@@ -104,7 +104,7 @@ class Mixtures:
         self.index(name)
         for mixture in self.sites.values():
             mixture.experts.remove(name)
-            for router in mixture.routers.values():
+            for router in mixture.named_routers().values():
                 router.remove(name)
         self.prompt_router.remove(name)
 
@@ -125,12 +125,14 @@ class Mixtures:
         index = self.index(name)
         self.freeze()
         for mixture in self.sites.values():
-            mixture.routers["gate"].gates[index].requires_grad_(True)
+            router = mixture.named_routers()["gate"]
+            assert isinstance(router, GateRouter)
+            router.gates[index].requires_grad_(True)
 
     def refresh(self) -> None:
         """Recomputes what routers derive from trained experts (Arrow's prototypes)."""
         for mixture in self.sites.values():
-            for router in mixture.routers.values():
+            for router in mixture.named_routers().values():
                 router.refresh(mixture.experts)
 
     def detach(self) -> nn.Module:
@@ -151,11 +153,12 @@ class Mixtures:
         for name in weights:
             self.index(name)
         for path, mixture in self.sites.items():
-            if not isinstance(mixture.host, nn.Linear) or not mixture.host.weight.is_floating_point():
-                raise UserError(f"{path} is a {type(mixture.host).__name__}; only plain linear layers can be merged. Load the model unquantised.")
+            if not mixture.weight.is_floating_point():
+                kind = type(mixture.host).__name__
+                raise UserError(f"{path} is a {kind}; only plain linear layers can be merged. Load the model unquantised.")
         for mixture in self.sites.values():
-            delta = sum(weight * mixture.experts.delta(name) for name, weight in weights.items())
-            mixture.host.weight.copy_((mixture.host.weight.float() + delta).to(mixture.host.weight.dtype))
+            deltas = (weight * mixture.experts.delta(name) for name, weight in weights.items())
+            mixture.weight.copy_((mixture.weight.float() + sum(deltas, start=torch.tensor(0.0))).to(mixture.weight.dtype))
         return self.detach()
 
     def router_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -180,7 +183,7 @@ class Mixtures:
     def _routers(self) -> Iterator[tuple[str, str, Router]]:
         seen: set[int] = set()
         for path, mixture in self.sites.items():
-            for kind, router in mixture.routers.items():
+            for kind, router in mixture.named_routers().items():
                 if id(router) not in seen:
                     seen.add(id(router))
                     yield kind, mixture.block if router.is_shared else path, router

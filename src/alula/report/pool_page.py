@@ -1,0 +1,193 @@
+"""A pool folder becomes one HTML file: what the pool can do, and what the model could do before. It reads JSON only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from alula.errors import UserError
+from alula.evaluation.bootstrap import Interval, bootstrap_interval, paired_interval
+from alula.files import read_json, read_jsonl, write_text
+from alula.report.format import show, show_bytes, show_interval, show_time
+from alula.report.sections import link_to
+
+View = dict[str, object]
+Rows = Sequence[dict]
+SHOWN = 8
+"""Answers per task that the page shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The predictions of one task at one moment: before it was learnt, right after, or in the last evaluation."""
+
+    path: Path
+    rows: Rows
+
+    @property
+    def values(self) -> list[float]:
+        """The score of each sample."""
+        return [float(row["score"]) for row in self.rows]
+
+    @property
+    def is_prose(self) -> bool:
+        """In bits per byte, lower is better; otherwise a share of right answers."""
+        return any("loss_bits" in row for row in self.rows)
+
+    @property
+    def score(self) -> float | None:
+        """The mean over samples (over bytes for prose); None where there are none."""
+        if not self.rows:
+            return None
+        if self.is_prose:
+            return sum(row["loss_bits"] for row in self.rows) / max(sum(row["bytes"] for row in self.rows), 1)
+        return float(np.mean(self.values))
+
+    @property
+    def ids(self) -> list[str]:
+        """The samples, in order."""
+        return [str(row["id"]) for row in self.rows]
+
+
+def read_pool(folder: Path | str) -> dict:
+    """The manifest of a pool.
+
+    Raises:
+        UserError: no pool there, or a damaged manifest.
+    """
+    path = Path(folder) / "pool.json"
+    if not path.exists():
+        raise UserError(f"No pool in {folder} (pool.json is missing). Make one with `alula learn --pool {folder} ...`.")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"base", "arm", "experts"} <= set(manifest):
+        raise UserError(f"{path} is not the manifest of a pool: 'base', 'arm' and 'experts' are wanted in it. Restore it from a copy.")
+    return manifest
+
+
+def build_pool_report(folder: Path | str, *, out: Path | str | None = None) -> Path:
+    """Writes the report of a pool and gives its path.
+
+    Scores "now" are those of the last ``alula eval`` into the pool's ``evaluation`` folder.
+
+    Args:
+        out: the HTML file; None for ``report.html`` in the pool.
+
+    Raises:
+        UserError: `folder` is not a pool, or `out` cannot be written.
+    """
+    home = Path(folder)
+    page = Path(out) if out is not None else home / "report.html"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("alula.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    write_text(page, environment.get_template("pool.html.j2").render(pool_view(home, read_pool(home), page)))
+    return page
+
+
+def pool_view(home: Path, manifest: dict, page: Path) -> View:
+    """Everything the template shows."""
+    experts = manifest["experts"]
+    names = [expert["name"] for expert in experts]
+    others = [path for path in sorted((home / "evaluation").glob("*.jsonl")) if path.stem not in names]
+    return {
+        "title": home.resolve().name,
+        "folder": str(home),
+        "facts": [
+            ("Base model", f"{manifest['base']['name']} (fingerprint {manifest['base']['fingerprint'][:12]})"),
+            ("Experts", str(len(experts))),
+            ("Chosen by", manifest["arm"]),
+            ("Stored", show_bytes(sum(_size(home, name) for name in names))),
+        ],
+        "tasks": [_task_view(home, expert, page) for expert in experts],
+        "others": [
+            {"name": path.stem, "now": _score_view(_measured(path), None, page)} for path in others
+        ],
+        "answers": [found for name in names if (found := _answers(home, name))["rows"]],
+    }  # fmt: skip
+
+
+def _task_view(home: Path, expert: dict, page: Path) -> View:
+    about, name = expert.get("about", {}), expert["name"]
+    before, after, now = _moments(home, name)
+    return {
+        "name": name,
+        "added": expert.get("added", ""),
+        "samples": about.get("samples", "–"),
+        "before": _score_view(before, about.get("before"), page),
+        "after": _score_view(after, about.get("after"), page),
+        "now": _score_view(now, None, page),
+        "learnt": _change_view(before, after),
+        "kept": _change_view(after, now),
+        "seconds": show_time(about.get("cost", {}).get("seconds")),
+        "stored": show_bytes(_size(home, name)),
+    }
+
+
+def _moments(home: Path, name: str) -> tuple[Measured, Measured, Measured]:
+    """Before learning, right after, and in the last evaluation."""
+    folder = home / "experts" / name
+    paths = (folder / "before.jsonl", folder / "predictions.jsonl", home / "evaluation" / f"{name}.jsonl")
+    before, after, now = map(_measured, paths)
+    return before, after, now
+
+
+def _measured(path: Path) -> Measured:
+    return Measured(path=path, rows=read_jsonl(path) if path.exists() else ())
+
+
+def _score_view(found: Measured, noted: float | None, page: Path) -> View:
+    """A score with its interval; the one `noted` in the manifest where the predictions are gone."""
+    score = found.score if found.rows else noted
+    scale, digits = (1.0, 3) if found.is_prose else (100.0, 1)
+    if score is None:
+        return {"text": show(None)}
+    interval = None if found.is_prose else bootstrap_interval(found.values)
+    return {
+        "text": show(score * scale, digits=digits) + (" bits" if found.is_prose else ""),
+        "interval": show_interval(interval),
+        "samples": len(found.rows) or "–",
+        "href": link_to(found.path, page) if found.rows else "",
+    }
+
+
+def _change_view(first: Measured, second: Measured) -> View:
+    """Second minus first on the same samples; better or worse only where the 95 % interval leaves out zero."""
+    if not first.rows or first.ids != second.ids:
+        return {"text": show(None), "kind": "empty"}
+    change = np.mean(second.values) - np.mean(first.values)
+    interval: Interval | None = paired_interval(second.values, first.values)
+    is_sure = interval is not None and interval.excludes(0.0)
+    is_good = (change > 0) != second.is_prose
+    scale, digits = (1.0, 3) if second.is_prose else (100.0, 1)
+    return {
+        "text": show(float(change) * scale, digits=digits, is_signed=True),
+        "interval": show_interval(interval, scale=scale, digits=digits),
+        "kind": ("better" if is_good else "worse") if is_sure else "same",
+    }
+
+
+def _answers(home: Path, name: str) -> View:
+    """Some answers before, right after and now; those that changed come first."""
+    before, after, now = ({str(row["id"]): row for row in found.rows} for found in _moments(home, name))
+    rows = [
+        {
+            "question": row["prompt"].replace("<image>", "").strip(),
+            "reference": row["reference"],
+            "answers": [_answer(found.get(key)) for found in (before, after, now)],
+        }
+        for key, row in after.items()
+        if "loss_bits" not in row
+    ]
+    rows.sort(key=lambda row: len({answer["is_right"] for answer in row["answers"] if answer}) == 1)
+    return {"task": name, "rows": rows[:SHOWN], "count": len(rows)}
+
+
+def _answer(row: dict | None) -> View:
+    return {} if row is None else {"text": row["output"] or "(nothing)", "is_right": row["score"] == 1}
+
+
+def _size(home: Path, name: str) -> int:
+    folder = home / "experts" / name
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

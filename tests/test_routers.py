@@ -1,0 +1,190 @@
+"""Routers against their equations: order does not matter, nothing is kept but sums, the null options do what they say."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from zoo import build, example_batch
+
+from alula.context import Context, Routing
+from alula.errors import UserError
+from alula.experts.lora import LoRAExperts
+from alula.mixtures import attach
+from alula.observe import observe
+from alula.routers import ROUTERS, GateRouter, PromptRouter
+from alula.routers.base import standardise, top_k_softmax
+from alula.routers.prompt import describe
+from alula.routers.statistics import RidgeStatistics
+
+
+def test_any_order_of_tasks_gives_the_same_classifier():
+    data = {name: torch.randn(30, 6) + torch.randn(6) for name in ("a", "b", "c")}
+    found = []
+    for order in itertools.permutations(data):
+        statistics = RidgeStatistics(6)
+        for name in order:
+            statistics.observe(name, data[name])
+        found.append(statistics.solve())
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_classifier_equals_ridge_regression_on_all_statistics_at_once():
+    """W = (G/N + I/100)^-1 [q_1/N_1 ...], columns centred, from the stacked data."""
+    data = {name: torch.randn(20 + 5 * i, 4, dtype=torch.float64) for i, name in enumerate(("a", "b", "c"))}
+    statistics = RidgeStatistics(4)
+    for name, rows in data.items():
+        for part in rows.split(7):
+            statistics.observe(name, part)
+    everything = torch.cat(list(data.values()))
+    gram = everything.T @ everything / len(everything) + 0.01 * torch.eye(4, dtype=torch.float64)
+    means = torch.stack([rows.mean(dim=0) for rows in data.values()], dim=1)
+    expected = torch.linalg.inv(gram) @ means
+    expected = expected - expected.mean(dim=1, keepdim=True)
+    # fp32 out of fp64 sums
+    torch.testing.assert_close(statistics.solve(), expected.T.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_forgetting_a_class_restores_the_former_classifier():
+    statistics = RidgeStatistics(5)
+    for name in ("a", "b"):
+        statistics.observe(name, torch.randn(12, 5))
+    before = statistics.solve()
+    statistics.observe("c", torch.randn(9, 5))
+    assert statistics.solve().shape == (3, 5)
+    statistics.forget("c")
+    assert torch.equal(statistics.solve(), before)
+
+
+def test_stored_sums_give_the_classifier_back():
+    statistics, copy = RidgeStatistics(5), RidgeStatistics(5)
+    for name in ("a", "b"):
+        statistics.observe(name, torch.randn(40, 5))
+        copy.restore(name, statistics.stored(name))
+    # the Gram matrix is kept in fp32
+    torch.testing.assert_close(copy.solve(), statistics.solve(), rtol=1e-3, atol=1e-4)
+
+
+def gated(dim=8, names=("a", "b", "c")):
+    router, experts = GateRouter(dim), LoRAExperts(in_features=dim, out_features=dim)
+    for name in names:
+        experts.grow(name, rank=1, alpha=1.0, dtype=torch.float32)
+        router.grow(name, experts)
+        torch.nn.init.normal_(router.gates[-1])
+    return router
+
+
+def context(routing, *, batch=2, tokens=5, **extra):
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    return Context(shape=(batch, tokens), routing=routing, image_mask=None, valid=valid, active=(0, 1, 2), **extra)
+
+
+def test_gate_of_one_expert_is_the_sigmoid_of_the_raw_product():
+    router, u = gated(), torch.randn(2, 5, 8)
+    weights = router(u, context(Routing(gate_of="b"), gate_of=1))
+    torch.testing.assert_close(weights[..., 1], torch.sigmoid(u @ router.gates[1]))
+    assert weights[..., [0, 2]].eq(0).all()
+
+
+def test_null_options_follow_their_definitions():
+    router, u = gated(), torch.randn(2, 5, 8)
+    plain = router(u, context(Routing(router="gate", level="token", top_k=2)))
+    torch.testing.assert_close(plain.sum(dim=-1), torch.ones(2, 5))
+    kept = router(u, context(Routing(router="gate", level="token", top_k=2, null="sigmoid_keep")))
+    torch.testing.assert_close(kept, plain * torch.sigmoid(u @ torch.stack(list(router.gates)).T))
+    scores = router.scores(u)
+    dropped = router(u, context(Routing(router="gate", level="token", top_k=2, null="threshold", threshold=0.5)))
+    torch.testing.assert_close(dropped, plain * (scores >= 0.5))
+    router.null_sum = torch.randn(8, dtype=torch.float64)
+    null = standardise(u) @ standardise(router.null_sum) / math.sqrt(8)
+    expected = top_k_softmax(torch.cat([scores, null.unsqueeze(-1)], dim=-1), top_k=2)[..., :-1]
+    torch.testing.assert_close(router(u, context(Routing(router="gate", level="token", top_k=2, null="zero_expert"))), expected)
+
+
+def test_an_untrained_gate_takes_no_part_and_none_trained_is_an_error():
+    router = gated()
+    router.gates[1].data.zero_()
+    routing = Routing(router="gate", level="token", top_k=3)
+    assert router(torch.randn(2, 5, 8), context(routing))[..., 1].eq(0).all()
+    for gate in router.gates:
+        gate.data.zero_()
+    with pytest.raises(UserError, match="None of the gates"):
+        router(torch.randn(2, 5, 8), context(routing))
+
+
+def test_top_k_softmax_equals_softmax_top_k_renormalise():
+    scores = torch.randn(3, 4, 6)
+    full = scores.softmax(dim=-1)
+    best, index = full.topk(2, dim=-1)
+    expected = torch.zeros_like(full).scatter(-1, index, best / best.sum(dim=-1, keepdim=True))
+    torch.testing.assert_close(top_k_softmax(scores, top_k=2), expected)
+
+
+def test_a_prompts_description_does_not_see_padding_or_the_answer():
+    hidden = torch.randn(1, 6, 4)
+    image = torch.tensor([[False, True, True, False, False, False]])
+    prompt = torch.tensor([[False, True, True, True, True, False]])
+    changed = hidden.clone()
+    changed[:, [0, 5]] = 100.0
+    assert torch.equal(describe(hidden, prompt, image), describe(changed, prompt, image))
+
+
+def test_prompt_router_tells_tasks_apart_and_sends_general_text_to_the_base_model():
+    model, processor = build("llava")
+    mixtures = attach(model)
+    pictures = [example_batch("llava", processor, image_seed=seed) for seed in range(3)]
+    text = example_batch("llava", processor, text_only=True)
+    mixtures.grow("pictures", rank=2)
+    for batch in pictures:
+        observe(mixtures, "pictures", batch)
+    observe(mixtures, "base", text)
+    fresh = example_batch("llava", processor, image_seed=9)
+    assert mixtures.director.decide(fresh).argmax(dim=-1).tolist() == [0, 0]
+    assert mixtures.director.decide(text).argmax(dim=-1).tolist() == [1, 1]
+
+
+def test_answers_do_not_change_a_prompts_decision():
+    model, processor = build("llava")
+    mixtures = attach(model)
+    mixtures.grow("one", rank=2)
+    batch = example_batch("llava", processor)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -3:] = batch["input_ids"][:, -3:]
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, -3:] = 5
+    features = [mixtures.director.describe({**one, "labels": labels}) for one in (batch, other)]
+    for first, second in zip(*features, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_prompt_router_without_statistics_says_what_to_do():
+    router = PromptRouter(layers=(0,), dim=4)
+    with pytest.raises(UserError, match="no statistics of invoices"):
+        router.log_weights([torch.zeros(1, 10)], experts=["invoices"], temperature=None)
+
+
+@pytest.mark.parametrize("name", ROUTERS.names())
+def test_every_router_gives_weights_that_sum_to_at_most_one_and_permute_with_the_experts(name):
+    _, processor = build("llava")
+    batch = example_batch("llava", processor)
+
+    def run(order):
+        fresh, _ = build("llava")
+        mixtures = attach(fresh)
+        for expert in order:
+            generator = torch.Generator().manual_seed(ord(expert[0]))
+            mixtures.grow(expert, rank=2, generator=generator)
+            for mixture in mixtures.sites.values():
+                mixture.experts.B[-1].data.normal_(std=0.3, generator=generator)
+                mixture.routers["gate"].gates[-1].data.normal_(generator=generator)
+            observe(mixtures, expert, {**batch, "input_ids": batch["input_ids"]}, tokens=True)
+        mixtures.refresh()
+        mixtures.freeze()
+        sums = []
+        routing = Routing(router=name, level="token", top_k=2)
+        with torch.no_grad(), mixtures.using(routing), mixtures.director.recording(recorder=lambda p, w, a: sums.append(w.sum(-1).max())):
+            return fresh(**batch).logits, max(sums)
+
+    (one, most), (two, _) = run(["a", "b"]), run(["b", "a"])
+    assert most <= 1 + 1e-5
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
