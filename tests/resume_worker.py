@@ -1,6 +1,6 @@
 """A tiny stream to train: alone, killed at a step, or by several processes. Run by test_resume.py; imported by test_training.py.
 
-    python tests/resume_worker.py FOLDER [--die-at TASK STEP] [--processes]
+python tests/resume_worker.py FOLDER [--die-at TASK STEP] [--processes]
 """
 
 import argparse

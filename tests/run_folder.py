@@ -38,9 +38,7 @@ def write_run(folder: Path, *, seeds: int = 2, with_routing: bool = True, with_f
     return folder
 
 
-def write_cell(
-    cell: Path, method: str, seed: int, arms: tuple[str, ...], *, stages: int = 4, with_routing: bool = True
-) -> None:
+def write_cell(cell: Path, method: str, seed: int, arms: tuple[str, ...], *, stages: int = 4, with_routing: bool = True) -> None:
     """Writes one cell; with fewer than four `stages` it looks as if it were still running."""
     generator = np.random.default_rng([seed, len(method)])
     luck = {name: np.random.default_rng([7, i]).random(NUM_SAMPLES) for i, name in enumerate((*TASKS, *BASE_TASKS))}
@@ -127,8 +125,10 @@ def example(cell: Path, i: int, generator: np.random.Generator) -> dict:
     path = cell / "examples" / f"{i:02d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    words = [("<image>", "image")] * 16 + [(w, "question") for w in ("What", " colour", " is", " the", " shape", "?")] + [(" blue", "answer")]
-    tokens = [{"text": text, "kind": kind, "weights": generator.dirichlet([0.4, 0.3, 0.3, 2.0, 0.3]).round(3).tolist()} for text, kind in words]
+    question = [(word, "question") for word in ("What", " colour", " is", " the", " shape", "?")]
+    words = [("<image>", "image")] * 16 + question + [(" blue", "answer")]
+    weights = [generator.dirichlet([0.4, 0.3, 0.3, 2.0, 0.3]).round(3).tolist() for _ in words]
+    tokens = [{"text": text, "kind": kind, "weights": own} for (text, kind), own in zip(words, weights, strict=True)]
     return {"task": TASKS[3 - i], "question": "What colour is the shape?", "reference": "blue", "before": "The shape is a circle.",
             "after": "blue" if i != 1 else "circle", "image": f"examples/{i:02d}.png" if i != 2 else None, "tokens": tokens, "grid": [4, 4],
             "experts": [*TASKS, "base"]}  # fmt: skip

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from zoo import BUILDERS, build, example_batch
 
-from alula.mixtures import attach
 from alula.context import Routing
 from alula.errors import UserError
-from alula.observe import observe
+from alula.mixtures import attach
+from alula.observing import observe
 from alula.training.trainable import recompute_activations
+from zoo import BUILDERS, build, example_batch
 
 FAMILIES = sorted(BUILDERS)
 # generate() of these calls the decoder with embeddings, past the model's own forward: the pre-hook is not called.
@@ -93,9 +93,8 @@ def test_checkpointing_gives_the_same_gradients(family):
 
 
 @pytest.mark.parametrize("arm", ["fixed", "gate", "arrow", "analytic"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NO_GENERATE])
 def test_cached_decoding_equals_uncached(family, arm):
-    if family in NO_GENERATE:
-        pytest.skip("generate() of this family calls its decoder directly")
     model, processor, mixtures = taught(family)
     batch = example_batch(family, processor)
     observe(mixtures, "one", batch)
@@ -111,6 +110,14 @@ def test_cached_decoding_equals_uncached(family, arm):
     with mixtures.director.deciding(mixtures.director.decide(batch)):
         uncached = model.generate(**batch, **greedy, use_cache=False)
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("family", NO_GENERATE)
+def test_a_generate_that_goes_past_the_models_forward_is_refused(family):
+    model, processor, mixtures = taught(family)
+    mixtures.routing = Routing(fixed={"one": 1.0})
+    with pytest.raises(UserError, match="without a context"):
+        model.generate(**example_batch(family, processor), max_new_tokens=2, do_sample=False)
 
 
 def test_removing_an_expert_restores_outputs_bit_for_bit():

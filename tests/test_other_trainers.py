@@ -2,9 +2,9 @@
 
 import torch
 from transformers import Trainer, TrainingArguments
-from zoo import build
 
 from alula import Collator, Routing, attach, load_task
+from zoo import build
 
 
 def test_transformers_trainer_trains_one_expert_and_nothing_else(tmp_path):

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from zoo import build, example_batch
 
-from alula.mixtures import attach
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import sha256
-from alula.observe import observe
+from alula.mixtures import attach
+from alula.observing import observe
 from alula.peft_format import read_adapter
 from alula.pool import Pool
+from zoo import build, example_batch
 
 
 def with_expert(name="llava", *, expert="invoices", seed=1):
@@ -89,7 +89,9 @@ def test_an_adapter_made_by_peft_joins_a_pool(tmp_path, rslora):
     peft = pytest.importorskip("peft")
     fresh, processor = build("llava")
     batch = example_batch("llava", processor)
-    config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False
+    )
     made = peft.get_peft_model(fresh, config).eval()
     theirs = logits(made, batch)
     made.save_pretrained(tmp_path / "adapter")

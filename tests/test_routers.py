@@ -5,17 +5,17 @@ import math
 
 import pytest
 import torch
-from zoo import build, example_batch
 
 from alula.context import Context, Routing
 from alula.errors import UserError
 from alula.experts.lora import LoRAExperts
 from alula.mixtures import attach
-from alula.observe import observe
+from alula.observing import observe
 from alula.routers import ROUTERS, GateRouter, PromptRouter
 from alula.routers.base import standardise, top_k_softmax
 from alula.routers.prompt import describe
 from alula.routers.statistics import RidgeStatistics
+from zoo import build, example_batch
 
 
 def test_any_order_of_tasks_gives_the_same_classifier():

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-from zoo import build
 
 from alula.config import check_recipe
 from alula.errors import UserError
 from alula.files import read_json, read_jsonl
 from alula.running.run import run_recipe
+from zoo import build
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,7 @@ def test_every_score_traces_to_stored_predictions(finished):
 
 
 def test_row_zero_is_the_same_untouched_model_in_every_cell(finished):
-    rows = [
-        {key: value for key, value in scores(finished, cell.name).items() if key[0] == 0} for cell in (finished / "cells").iterdir()
-    ]
+    rows = [{key: value for key, value in scores(finished, cell.name).items() if key[0] == 0} for cell in (finished / "cells").iterdir()]
     assert all(row == rows[0] for row in rows)
 
 

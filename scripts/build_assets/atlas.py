@@ -1,5 +1,7 @@
 """Country outlines from Natural Earth: the table `maps`."""
 
+import itertools
+
 from countries import UN_MEMBERS, labels, names
 from sources import Sources, write_table
 

@@ -9,8 +9,8 @@ import random
 import zipfile
 
 import numpy
-from PIL import Image
 from pictures import pack_flat, pack_grey
+from PIL import Image
 from sources import Sources, write_table
 
 TRAIN_IMAGES, TEST_IMAGES = 1200, 300

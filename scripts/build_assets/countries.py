@@ -3,8 +3,8 @@
 import random
 
 import numpy
-from PIL import Image
 from pictures import fit, pack_sprite, render_svg
+from PIL import Image
 from sources import LANGUAGES, Sources, write_table
 
 UN_MEMBERS = """AF AL DZ AD AO AG AR AM AU AT AZ BS BH BD BB BY BE BZ BJ BT BO BA BW BR BN BG BF BI CV KH CM CA CF TD CL
@@ -85,10 +85,7 @@ def _drawings(code: str, sources: Sources, circles: dict) -> dict[str, Image.Ima
 
 def _alike(flags: dict[str, Image.Image], *, tolerance: float = 10.0) -> set[str]:
     """Codes of flags whose mean colour difference (0-255) to another, at 24x16 pixels, is below the tolerance."""
-    small = {
-        code: numpy.asarray(image.convert("RGB").resize((24, 16), Image.Resampling.BOX), dtype=float)
-        for code, image in flags.items()
-    }
+    small = {code: numpy.asarray(image.convert("RGB").resize((24, 16), Image.Resampling.BOX), dtype=float) for code, image in flags.items()}
     codes = sorted(small)
     pairs = [(a, b) for i, a in enumerate(codes) for b in codes[i + 1 :] if abs(small[a] - small[b]).mean() < tolerance]
     return {code for pair in pairs for code in pair}
@@ -109,5 +106,3 @@ def build_capital(sources: Sources) -> None:
         others = [other for _, other in pairs if other != capital]
         rows.append({"country": country, "capital": capital, "distractors": rng.sample(others, 3)})
     write_table("capital", rows)
-
-

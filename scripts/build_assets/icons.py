@@ -64,7 +64,7 @@ def _icon_names(sources: Sources, vendor: str) -> dict[str, str]:
 def _svg(icons: dict, name: str) -> str:
     icon = icons["icons"][name]
     width, height = (icon.get(edge, icons.get(edge, 16)) for edge in ("width", "height"))
-    box = f'{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}'
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
 

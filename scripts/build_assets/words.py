@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from icons import spoken_names
-from PIL import Image, ImageDraw, ImageFont
 from pictures import pack_grey
+from PIL import Image, ImageDraw, ImageFont
 from sources import LANGUAGES, Sources, write_table
 
 WIDTH, HEIGHT = 128, 32
@@ -20,7 +20,11 @@ def build(sources: Sources) -> None:
     names = spoken_names(sources)
     with tempfile.TemporaryDirectory() as folder:
         fonts = _fonts(sources, Path(folder))
-        rows = [row for language in LANGUAGES for row in _language(language, set(names[language].values()), fonts[language])]
+        rows: list[dict] = []
+        for language in LANGUAGES:
+            # A word that two languages spell alike ("koala") must not be in train for one and in test for the other.
+            words = set(names[language].values()) - {row["word"] for row in rows}
+            rows += _language(language, words, fonts[language])
     write_table("words", rows)
 
 
@@ -30,7 +34,8 @@ def _language(language: str, words: set[str], fonts: dict[str, list[ImageFont.Fr
     rng.shuffle(short)
     rows = []
     for split, count in (("test", TEST_WORDS), ("train", TRAIN_WORDS)):
-        chosen, short = short[:count], short[count:]
+        chosen = [word for word in short if _has_glyphs(fonts[split][0], word)][:count]
+        short = [word for word in short if word not in chosen]
         for word in chosen:
             image = _draw(word, rng.choice(fonts[split]), rng)
             rows.append({"split": split, "language": language, "word": word, "image": pack_grey(image)})
@@ -38,8 +43,14 @@ def _language(language: str, words: set[str], fonts: dict[str, list[ImageFont.Fr
 
 
 def _is_word(word: str) -> bool:
-    """Letters and single spaces; Urdu marks that the fonts lack are left out."""
+    """Letters and at most one space."""
     return all(letter.isalpha() or letter in " ー" for letter in word) and word.count(" ") <= 1
+
+
+def _has_glyphs(font: ImageFont.FreeTypeFont, word: str) -> bool:
+    """Whether no letter is drawn as the box for missing ones (DejaVu lacks two letters of Urdu)."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    return all(bytes(font.getmask(letter)) != missing for letter in word if letter != " ")
 
 
 def _draw(word: str, font: ImageFont.FreeTypeFont, rng: random.Random) -> Image.Image:
@@ -59,9 +70,7 @@ def _fonts(sources: Sources, folder: Path) -> dict[str, dict[str, list[ImageFont
     dejavu = sources.deb("fonts-dejavu-core") / "usr/share/fonts/truetype/dejavu"
     mincho = sources.deb("fonts-ipaexfont-mincho") / "usr/share/fonts/opentype/ipaexfont-mincho/ipaexm.ttf"
     gothic = sources.wheel("matplotlib_fontja").extract("matplotlib_fontja/fonts/ipaexg.ttf", folder)
-    arabic = sources.wheel("fontpkg_noto_sans_arabic").extract(
-        "fontpkg_noto_sans_arabic/files/NotoSansArabic[wdth,wght].ttf", folder
-    )
+    arabic = sources.wheel("fontpkg_noto_sans_arabic").extract("fontpkg_noto_sans_arabic/files/NotoSansArabic[wdth,wght].ttf", folder)
     sizes = (17, 20, 22)
     latin = {
         "train": [_font(dejavu / f"DejaVu{kind}.ttf", size) for kind in ("Sans", "Sans-Bold", "Serif") for size in sizes],

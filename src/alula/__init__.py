@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alula.mixtures import Mixtures, attach
     from alula.config import Recipe, read_recipe
     from alula.context import Routing
     from alula.data.collate import Collator
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from alula.evaluation.evaluate import evaluate_task
     from alula.evaluation.matrix import ScoreMatrix
     from alula.methods import METHODS, Method
+    from alula.mixtures import Mixtures, attach
     from alula.models import anatomy, load_model, load_processor
+    from alula.observing import observe
+    from alula.peft_format import read_adapter
     from alula.pool import Pool
     from alula.report import build_report
-    from alula.running.learn import generate, learn_task
+    from alula.running.learn import generate, learn_task, open_pool
     from alula.running.run import run_recipe
     from alula.training import Trainer, TrainSettings
 
@@ -51,6 +53,9 @@ _HOMES = {
     "load_model": "models",
     "load_processor": "models",
     "load_task": "data.tasks",
+    "observe": "observing",
+    "open_pool": "running.learn",
+    "read_adapter": "peft_format",
     "read_recipe": "config",
     "read_samples": "data.readers",
     "read_task": "data.readers",

@@ -97,9 +97,7 @@ class Cell:
         self.decided = {}
 
 
-def prompt_mask(
-    valid: Bool[Tensor, "batch tokens"], labels: Tensor | None
-) -> Bool[Tensor, "batch tokens"]:
+def prompt_mask(valid: Bool[Tensor, "batch tokens"], labels: Tensor | None) -> Bool[Tensor, "batch tokens"]:
     """The tokens before a row's first target: all a sample-level decision may look at."""
     if labels is None:
         return valid

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from alula.mixtures import Mixtures, attach
 from alula.context import BASE, Routing
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
 from alula.files import read_json, read_tensors, sha256, write_json, write_tensors
+from alula.mixtures import Mixtures, attach
 from alula.models import base_fingerprint
 from alula.peft_format import CONFIG, TENSORS, read_adapter, write_adapter
 from alula.routers.named import ROUTINGS

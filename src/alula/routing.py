@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, prompt_mask
 from alula.errors import UserError
-from alula.routers.prompt import describe
 
 if TYPE_CHECKING:
     from alula.mixtures import Mixtures
@@ -96,14 +95,12 @@ class Director:
         def catch(layer: int) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                seen[layer] = describe(hidden, prompt, parts.image_mask(ids))
+                seen[layer] = self.mixtures.prompt_router.features(hidden, prompt, parts.image_mask(ids))
 
             return hook
 
         layers = self.mixtures.prompt_router.layers
-        hooks = [
-            model.get_submodule(parts.layers[layer]).register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers
-        ]
+        hooks = [model.get_submodule(parts.layers[layer]).register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers]
         try:
             with self.mixtures.using(OFF):
                 model(**{key: value for key, value in inputs.items() if key not in _NOT_IN_A_PROMPT_PASS}, use_cache=False)

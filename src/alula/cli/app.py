@@ -1,5 +1,6 @@
 """The Typer application: a new verb is one new file and one line here."""
 
+import errno
 from typing import Any
 
 import typer
@@ -8,6 +9,8 @@ from typer.core import TyperGroup
 from alula.cli import align, evaluate, generate, learn, listing, report, run
 from alula.cli.screen import notes
 from alula.errors import UserError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class Verbs(TyperGroup):
@@ -18,12 +21,21 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            notes.print("Error", style="bold red", end=" ")
-            notes.print(str(error), markup=False, soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise self._told(str(error)) from error
+        except OSError as error:  # wherever it was not expected: the disk can be full at any write
+            if error.errno not in UNWRITABLE:
+                raise
+            what = f"Cannot write {error.filename or 'a file'}: {error.strerror}. What was saved is whole."
+            raise self._told(f"{what} Free some space or choose another folder, then run the same command again.") from error
         except KeyboardInterrupt:
             notes.print("Stopped. What was saved is whole: the same command again goes on from the last checkpoint.", soft_wrap=True)
             raise typer.Exit(130) from None
+
+    @staticmethod
+    def _told(message: str) -> typer.Exit:
+        notes.print("Error", style="bold red", end=" ")
+        notes.print(message, markup=False, soft_wrap=True)
+        return typer.Exit(2)
 
 
 app = typer.Typer(

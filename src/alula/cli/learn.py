@@ -57,6 +57,6 @@ def learn(
         scores = f"{about['before']:.3f} before, {about['after']:.3f} after"
         results.print(f"{choice.name}: {scores} ({about['metric'].replace('_', ' ')}, n = {about['test_samples']})", soft_wrap=True)
         if about["test_samples"] < FEW:
-            notes.print(f"{about['test_samples']} test samples tell little; --test takes a file of more.", soft_wrap=True)
+            notes.print(f"n = {about['test_samples']} says little; --test takes a file with more test rows.", soft_wrap=True)
     asking = f"alula generate --pool {quoted(pool)} --image picture.png 'What is this?'"
     notes.print(f"Kept in {pool}. Ask it: {asking}\nAll it has learnt: alula report {quoted(pool)}", markup=False, soft_wrap=True)

@@ -19,8 +19,9 @@ def summary_table(folder: Path) -> Table:
         table.add_column(f"{metric.label}\n({metric.unit}, {metric.better} is better)", justify="right")
     for row in rows:
         metrics: Any = row["metrics"]
+        seeds: Any = row["seeds"]
         cells = [_cell(metrics[metric.name]) for metric in METRICS]
-        table.add_row(f"{row['series']}{' (running)' if row['is_partial'] else ''}", str(len(row["seeds"])), *cells)
+        table.add_row(f"{row['series']}{' (running)' if row['is_partial'] else ''}", str(len(seeds)), *cells)
     return table
 
 

@@ -93,14 +93,10 @@ def paired_interval(
     """The interval of mean(first) - mean(second) where both hold the same samples in the same order."""
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} scores came; a paired difference wants the same samples in both.")
-    return bootstrap_interval(
-        np.asarray(first, dtype=float) - np.asarray(second, dtype=float), level=level, resamples=resamples, seed=seed
-    )
+    return bootstrap_interval(np.asarray(first, dtype=float) - np.asarray(second, dtype=float), level=level, resamples=resamples, seed=seed)
 
 
-def resample_rows(
-    tasks: Sequence[TaskSamples], *, resamples: int = 1000, seed: int = 0
-) -> Float[np.ndarray, "resamples rows tasks"]:
+def resample_rows(tasks: Sequence[TaskSamples], *, resamples: int = 1000, seed: int = 0) -> Float[np.ndarray, "resamples rows tasks"]:
     """A score matrix for each resample: what `ScoreMatrix.summarise` turns into resampled summaries."""
     columns = []
     for task in tasks:

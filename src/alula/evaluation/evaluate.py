@@ -125,9 +125,7 @@ def _answerer(
     known = closed_answers(task)
 
     def generate(batch: Sequence[Sample]) -> list[Answer]:
-        said = generate_answers(
-            model, collator, batch, max_new_tokens=task.max_new_tokens, device=device, around=around
-        )
+        said = generate_answers(model, collator, batch, max_new_tokens=task.max_new_tokens, device=device, around=around)
         return [_generated(sample, text, ended, known) for sample, (text, ended) in zip(batch, said, strict=True)]
 
     return generate

@@ -13,9 +13,7 @@ from alula.evaluation.scores import normalise
 
 
 @torch.no_grad()
-def target_costs(
-    model: nn.Module, batch: Batch, *, around: Around = untouched
-) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+def target_costs(model: nn.Module, batch: Batch, *, around: Around = untouched) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Nats of the targets (`labels != -100`) of each row, summed, and how many targets the row has.
 
     The log-softmax is in fp32 and only where a target is: a batch of long prompts costs little more than its answers.

@@ -32,9 +32,7 @@ class Scored:
     parsed: bool
 
 
-def exact_match(
-    output: str, references: Sequence[str], *, known_answers: Collection[str] | None = None, ended: bool = True
-) -> Scored:
+def exact_match(output: str, references: Sequence[str], *, known_answers: Collection[str] | None = None, ended: bool = True) -> Scored:
     """1 where the normalised output equals a normalised reference, else 0.
 
     An answer is *unparsed* when its form could not be read. With a closed answer set that is every output that is none of
@@ -92,8 +90,7 @@ class Prediction:
     def as_row(self) -> dict[str, object]:
         """The prediction as one JSON object; what does not apply is left out."""
         row: dict[str, object] = {
-            name: getattr(self, name)
-            for name in ("id", "task", "prompt", "reference", "output", "score", "parsed", "method", "seed")
+            name: getattr(self, name) for name in ("id", "task", "prompt", "reference", "output", "score", "parsed", "method", "seed")
         }
         if self.options:
             row["options"] = list(self.options)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alula.mixtures import Mixtures, attach
 from alula.context import Routing
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.methods.base import METHODS, Method, Stage
+from alula.mixtures import Mixtures, attach
 from alula.objectives.next_token import next_token_loss
 from alula.training.settings import TrainSettings
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alula.mixtures import Mixtures, attach
 from alula.context import BASE, Routing
 from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks import general_prompts
 from alula.errors import UserError
 from alula.methods.base import METHODS, Arm, Method, Stage
+from alula.mixtures import Mixtures, attach
 from alula.objectives.next_token import next_token_loss
-from alula.observe import observe
+from alula.observing import observe
 from alula.routers.named import ROUTINGS
 from alula.training.settings import TrainSettings
 
@@ -83,12 +83,14 @@ class Routed(Method):
             stages.append(Stage(name="gate", steps=self.gate_steps, learning_rate=self.gate_learning_rate))
         if any(routing.router == "analytic" or routing.level == "combined" for routing in self._routings):
             count = min(self.statistics_samples, len(task.train))
-            steps = -(-count // settings.batch_size)
-            stages.append(Stage(name="statistics", steps=steps, learning_rate=0.0, gradient=False))
-            if not self._knows_base and self.mixtures.names[:1] == [task.name]:
-                count = -(-len(general_prompts()) // settings.batch_size)
-                stages.append(Stage(name=GENERAL, steps=count, learning_rate=0.0, gradient=False))
+            stages.append(self._forward_only("statistics", count))
+        needs_base = any(routing.router == "analytic" or routing.null == "zero_expert" for routing in self._routings)
+        if needs_base and not self._knows_base and self.mixtures.names[:1] == [task.name]:
+            stages.append(self._forward_only(GENERAL, len(general_prompts())))
         return tuple(stages)
+
+    def _forward_only(self, name: str, samples: int) -> Stage:
+        return Stage(name=name, steps=-(-samples // self.settings.batch_size), learning_rate=0.0, gradient=False)
 
     def training_data(self, task: Task) -> Sequence[Sample]:
         """The task's samples; in the stage ``general``, once per pool, general text that belongs to no task."""
@@ -147,11 +149,12 @@ class Routed(Method):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The routers' sums; experts and gates are parameters and saved as such."""
-        found: dict[str, Tensor] = {}
-        for name in (*self.mixtures.names, BASE):
-            for key, tensor in self.mixtures.router_tensors(name).items():
-                found[f"{name}/{key}"] = tensor
-        return found
+        return {
+            f"{name}/{key}": tensor
+            for name in (*self.mixtures.names, BASE)
+            for key, tensor in self.mixtures.router_tensors(name).items()
+            if not key.endswith(".gate")
+        }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Puts the routers' sums back."""
@@ -168,6 +171,14 @@ class Specialist(Routed):
     Bit-identical to the experts of `routed` with the same seed, so its scores are those of the arm ``oracle``.
     """
 
-    def __init__(self, model: nn.Module, *, settings: TrainSettings, rank: int = 8, alpha: float | None = None,
-                 linears: Sequence[str] | str | None = None, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        settings: TrainSettings,
+        rank: int = 8,
+        alpha: float | None = None,
+        linears: Sequence[str] | str | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(model, settings=settings, rank=rank, alpha=alpha, linears=linears, layers=layers, arms=(ORACLE,))

@@ -1,8 +1,11 @@
 """Text and images -> the tensors `ComposedVLM` takes. PIL and numpy only; it knows no weights."""
 
+from typing import Any
+
 from PIL.Image import Resampling
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import ImageInput
 
 from alula.errors import UserError
 
@@ -86,7 +89,9 @@ class ComposedProcessor(ProcessorMixin):
         """The placeholders of one image."""
         return self.image_token * self.image_seq_length
 
-    def validate_inputs(self, images: object = None, text: str | list[str] | None = None, **kwargs) -> None:
+    def validate_inputs(
+        self, images: ImageInput | None = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Counts `<image>` against images, row by row where images are nested.
 
         Raises:
@@ -94,19 +99,18 @@ class ComposedProcessor(ProcessorMixin):
         """
         rows = [text] if isinstance(text, str) else list(text or [])
         wanted = [row.count(self.image_token) for row in rows]
-        is_nested = isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images)
+        given: list[Any] = list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
+        is_nested = any(isinstance(row, list | tuple) for row in given)
         if text is None:
             pass
-        elif is_nested and [len(row) for row in images] != wanted:
+        elif is_nested and [len(row) for row in given] != wanted:
             raise UserError(
-                f"The texts have {wanted} {self.image_token} placeholders, but {[len(row) for row in images]} images came, "
+                f"The texts have {wanted} {self.image_token} placeholders, but {[len(row) for row in given]} images came, "
                 f"row by row. Write {self.image_token} once in a text for each of its images."
             )
-        elif not is_nested:
-            count = 0 if images is None else len(images) if isinstance(images, list | tuple) else 1
-            if count != sum(wanted):
-                raise UserError(
-                    f"The texts have {sum(wanted)} {self.image_token} placeholders in all, but {count} images came. "
-                    f"Write {self.image_token} once in a text for each of its images."
-                )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        elif not is_nested and len(given) != sum(wanted):
+            raise UserError(
+                f"The texts have {sum(wanted)} {self.image_token} placeholders in all, but {len(given)} images came. "
+                f"Write {self.image_token} once in a text for each of its images."
+            )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)

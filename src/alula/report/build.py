@@ -55,6 +55,7 @@ def report_view(run: Run, page: Path) -> View:
     series = series_of(run)
     colours = {one.name: colour_of(index) for index, one in enumerate(series)}
     by_method = {one.method: colours[one.name] for one in reversed(series)}
+    rows, axis = summary_rows(series, colours)
     experts: dict[str, int] = {}
     if series and series[0].members:
         expert_colours(series[0].members[0].matrix.tasks, experts)
@@ -72,7 +73,8 @@ def report_view(run: Run, page: Path) -> View:
         "metrics": METRICS,
         "other_metrics": OTHER_METRICS,
         "terms": TERMS,
-        "summary": summary_rows(series, colours),
+        "summary": rows,
+        "axis": axis,
         "charts": stage_charts(series, colours),
         "legend": [{"name": one.name, "colour": colours[one.name]} for one in series],
         "matrices": matrix_views(series, colours, page),

@@ -34,9 +34,7 @@ def round_ticks(low: float, high: float, *, count: int = 4) -> list[float]:
     return [float(round(i * step, 10)) for i in np.arange(first, last + 1)]
 
 
-def line_chart(
-    lines: Sequence[Line], *, x_labels: Sequence[str], unit: Callable[[float], str], description: str
-) -> Markup:
+def line_chart(lines: Sequence[Line], *, x_labels: Sequence[str], unit: Callable[[float], str], description: str) -> Markup:
     """Lines over stages 0, 1, 2 ...; empty where there is nothing to draw."""
     values = [y for line in lines for _, y in line.points]
     if not values:
@@ -60,27 +58,29 @@ def line_chart(
         across, _ = place(x, low)
         short = label if len(label) <= 11 else label[:10] + "…"
         parts.append(Markup('<text class="tick{}" x="{:.1f}" y="{}">{}</text>').format(anchor, across, HEIGHT - 12, short))
-    parts.extend(_draw_line(line, place, unit) for line in lines if line.points)
+    for index, line in enumerate(lines):
+        hidden_by = sum(other.points == line.points for other in lines[index + 1 :])  # drawn wider, so that it still shows
+        parts.append(_draw_line(line, place, unit, width=2 + 4 * hidden_by) if line.points else Markup(""))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _draw_line(line: Line, place: Callable[[float, float], tuple[float, float]], unit: Callable[[float], str]) -> Markup:
+def _draw_line(
+    line: Line, place: Callable[[float, float], tuple[float, float]], unit: Callable[[float], str], *, width: int
+) -> Markup:
     spots = [(*place(x, y), y) for x, y in line.points]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in spots)
     dashes = " dashed" if line.is_dashed else ""
-    drawn = [Markup('<path class="line c{}{}" d="{}"/>').format(line.colour, dashes, path)]
+    drawn = [Markup('<path class="line c{}{}" stroke-width="{}" d="{}"/>').format(line.colour, dashes, width, path)]
     drawn += [
-        Markup('<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}: {}</title></circle>').format(
-            line.colour, x, y, line.label, unit(value)
+        Markup('<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}: {}</title></circle>').format(
+            line.colour, x, y, 2 + width / 2, line.label, unit(value)
         )
         for x, y, value in spots
     ]
     return Markup("").join(drawn)
 
 
-def interval_bar(
-    mean: float, *, interval: Interval | None, seeds: Sequence[float], low: float, high: float, colour: int
-) -> Markup:
+def interval_bar(mean: float, *, interval: Interval | None, seeds: Sequence[float], low: float, high: float, colour: int) -> Markup:
     """A mean with its interval and a dot for each seed on an axis from `low` to `high`; as wide as its table cell."""
 
     def place(value: float) -> str:
@@ -89,9 +89,7 @@ def interval_bar(
     parts = [Markup('<svg class="bar" width="100%" height="22"><line class="grid" x1="0" x2="100%" y1="11" y2="11"/>')]
     if interval is not None:
         parts.append(
-            Markup('<line class="whisker c{}" x1="{}" x2="{}" y1="11" y2="11"/>').format(
-                colour, place(interval.low), place(interval.high)
-            )
+            Markup('<line class="whisker c{}" x1="{}" x2="{}" y1="11" y2="11"/>').format(colour, place(interval.low), place(interval.high))
         )
     parts += [Markup('<circle class="seed c{}" cx="{}" cy="11" r="3"/>').format(colour, place(value)) for value in seeds]
     parts.append(Markup('<line class="mean c{}" x1="{}" x2="{}" y1="3" y2="19"/></svg>').format(colour, place(mean), place(mean)))
@@ -127,8 +125,8 @@ def patch_overlay(
         row, column = divmod(index, across)
         best = max(range(len(shares)), key=shares.__getitem__)
         parts.append(
-            Markup('<rect class="patch c{}" x="{}" y="{}" width="96" height="96" fill-opacity="{:.2f}"><title>{} {:.0%}</title></rect>').format(
-                colours[best], 100 * column + 2, 100 * row + 2, 0.1 + 0.45 * shares[best], experts[best], shares[best]
-            )
+            Markup(
+                '<rect class="patch c{}" x="{}" y="{}" width="96" height="96" fill-opacity="{:.2f}"><title>{} {:.0%}</title></rect>'
+            ).format(colours[best], 100 * column + 2, 100 * row + 2, 0.1 + 0.45 * shares[best], experts[best], shares[best])
         )
     return Markup("").join([*parts, Markup("</svg>")])

@@ -80,13 +80,12 @@ def read_run(folder: Path | str) -> Run:
     if not (home / "cells").is_dir():
         found = ", ".join(sorted(path.name for path in home.iterdir())[:8]) if home.is_dir() else "nothing there"
         raise UserError(
-            f"{home} is not a run folder: it has no 'cells' ({found or 'it is empty'}). "
-            "Give the folder that `alula run` wrote."
+            f"{home} is not a run folder: it has no 'cells' ({found or 'it is empty'}). Give the folder that `alula run` wrote."
         )
     problems: list[str] = []
     recipe_text = _optional(home / "recipe.yaml", lambda path: path.read_text(encoding="utf-8"), "", problems)
-    recipe = _optional(home / "recipe.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), {}, problems)
-    versions = _optional(home / "versions.json", read_json, {}, problems)
+    recipe: object = _optional(home / "recipe.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), {}, problems)
+    versions: object = _optional(home / "versions.json", read_json, {}, problems)
     folders = sorted(path for path in (home / "cells").iterdir() if path.is_dir())
     return Run(
         folder=home,
@@ -110,12 +109,10 @@ def _optional(path: Path, read: Callable[[Path], T], default: T, problems: list[
 
 def _read_cell(folder: Path, problems: list[str]) -> Cell:
     parts = CELL_NAME.match(folder.name)
-    crash = _optional(folder / "crashed.json", read_json, {}, problems)
-    done = _optional(folder / "done.json", read_json, {}, problems)
-    if (folder / "done.json").exists():
-        state = "finished"
-    else:
-        state = "crashed" if (folder / "crashed.json").exists() else "unfinished"
+    crash: object = _optional(folder / "crashed.json", read_json, {}, problems)
+    done: object = _optional(folder / "done.json", read_json, {}, problems)
+    marks = {"done.json": "finished", "crashed.json": "crashed"}
+    state = next((state for file, state in marks.items() if (folder / file).exists()), "unfinished")
     return Cell(
         name=folder.name,
         method=parts["method"] if parts else folder.name,

@@ -74,7 +74,7 @@ def layer_groups(layers: Sequence[object], *, count: int = 3) -> list[tuple[str,
 
 def diagnosis_rows(series: Sequence[Series]) -> list[View]:
     """How well each router tells tasks apart, and what it costs against being told."""
-    rows = []
+    rows: list[View] = []
     for one in series:
         routing = [row for member in one.members for row in member.cell.routing if row.get("arm") == one.arm]
         if routing:

@@ -28,29 +28,34 @@ def link_to(path: Path, page: Path) -> str:
     return quote(Path(os.path.relpath(path, page.parent)).as_posix())
 
 
-def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> list[View]:
-    """A row for each series: every metric with spread, interval and sample count, and a bar of the average score."""
+def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> tuple[list[View], str]:
+    """A row for each series: every metric with spread, interval and sample count, and a bar of the average score.
+
+    The second value is what the axis of the bars spans.
+    """
     known = [one for one in series if np.isfinite(one.spread("average_score").mean)]
     ends = [value for one in known for value in _ends(one)]
-    low, high = (min(ends, default=0.0) - 0.02, max(ends, default=1.0) + 0.02)
+    low = np.floor(10 * min(ends, default=0.0)) / 10
+    high = np.ceil(10 * max(ends, default=1.0)) / 10
     rows = []
     for one in series:
         seeds = [member.summaries["average_score"] for member in one.members]
-        bar = {"interval": one.interval("average_score"), "seeds": seeds, "low": low, "high": high, "colour": colours[one.name]}
-        mean = one.spread("average_score").mean
+        colour, mean = colours[one.name], one.spread("average_score").mean
+        interval = one.interval("average_score")
+        bar = interval_bar(mean, interval=interval, seeds=seeds, low=low, high=high, colour=colour) if np.isfinite(mean) else ""
         rows.append(
             {
                 "name": one.name,
-                "colour": colours[one.name],
+                "colour": colour,
                 "is_reference": one.is_reference,
                 "is_partial": one.is_partial,
                 "stage": max((member.matrix.num_learnt for member in one.members), default=0),
                 "seeds": len(one.members),
                 "cells": [_summary_cell(one, metric) for metric in METRICS],
-                "bar": interval_bar(mean, **bar) if np.isfinite(mean) else "",
+                "bar": bar,
             }
         )
-    return rows
+    return rows, f"{show(100 * low, digits=0)} to {show(100 * high, digits=0)}"
 
 
 def _ends(series: Series) -> list[float]:
@@ -89,7 +94,8 @@ def _matrix_view(series: Series, colour: int, page: Path) -> View:
         if not np.isfinite(rows[stage]).any():
             continue
         cells = [_matrix_cell(members, rows, stage, column, page) for column in range(len(matrix.names))]
-        lines.append({"label": labels[stage], "cells": cells})
+        is_joint = stage > 1 and not np.isfinite(rows[1:stage]).any()
+        lines.append({"label": "after all tasks" if is_joint else labels[stage], "cells": cells})
     return {
         "name": series.name,
         "colour": colour,
@@ -150,7 +156,8 @@ def _start(member: Member, name: str) -> float:
 def _change_cell(series: Series, name: str) -> View:
     members = [m for m in series.members if name in m.matrix.names and name in _names(series)]
     starts = [_start(member, name) for member in members]
-    if not members or not np.isfinite(starts).all():
+    ends_first = all(not np.isfinite(m.matrix.rows[1:-1]).any() for m in members)  # joint: one stage, the last
+    if not members or not np.isfinite(starts).all() or (ends_first and name in members[0].matrix.tasks[1:]):
         return {"text": UNKNOWN, "kind": "empty"}
     columns = [member.matrix.names.index(name) for member in members]
     samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
@@ -174,7 +181,7 @@ def _change_cell(series: Series, name: str) -> View:
         "detail": "" if is_bits else f"−{lost} +{gained}",
         "kind": "" if not is_clear else "worse" if change < 0 else "better",
         "strength": round(min(abs(change) * 100, 100)),
-        "title": f"{show(np.mean(starts) * scale, digits=digits)} → {show(np.mean(ends) * scale, digits=digits)} "
+        "title": f"{show(float(np.mean(starts)) * scale, digits=digits)} → {show(float(np.mean(ends)) * scale, digits=digits)} "
         f"{show_interval(interval)}; lost {lost}, gained {gained} of {sum(len(then) for then, _ in flips)} answers",
     }
 
@@ -187,7 +194,7 @@ def lost_answers(series: Sequence[Series], *, most: int = 2) -> list[View]:
             for column, name in enumerate(member.matrix.tasks[: member.matrix.num_learnt]):
                 first = member.samples[column].values[column + 1], member.samples[column].values[-1]
                 for index in np.flatnonzero(first[0] > first[1])[:most]:
-                    found.append({"series": one.name, "task": name} | _answers(member, name, int(index), column + 1))
+                    found.append({"series": one.name, "task": name, **_answers(member, name, int(index), column + 1)})
     return found
 
 
@@ -203,9 +210,11 @@ def stage_charts(series: Sequence[Series], colours: dict[str, int]) -> list[View
     if not whole:
         return []
     tasks = whole[0].members[0].matrix.tasks
-    charts = []
+    charts: list[View] = []
     for title, is_base in (("Average score on the tasks seen", False), ("Average score on base tasks", True)):
-        lines = [Line(label=one.name, colour=colours[one.name], points=_stage_points(one, is_base), is_dashed=one.is_reference) for one in whole]
+        lines = [
+            Line(label=one.name, colour=colours[one.name], points=_stage_points(one, is_base), is_dashed=one.is_reference) for one in whole
+        ]
         drawn = line_chart(lines, x_labels=["base", *tasks], unit=lambda value: show(value, digits=0), description=title)
         charts.append({"title": title, "note": "points, after each task", "svg": drawn})
     return [chart for chart in charts if chart["svg"]]
@@ -225,7 +234,7 @@ def _stage_points(series: Series, is_base: bool) -> tuple[tuple[float, float], .
 
 COSTS = (
     ("samples_seen", "Samples seen", "for each task", show_amount),
-    ("seconds", "Training time", "for each task", show_time),
+    ("minutes", "Training time", "minutes, for each task", lambda value: show(value, digits=0 if value >= 10 else 1)),
     ("trainable_parameters", "Trainable parameters", "while the task is learnt", show_amount),
     ("stored_bytes", "Stored beside the base model", "after the task", show_bytes),
 )
@@ -236,7 +245,8 @@ def cost_view(run: Run, colours: dict[str, int]) -> View:
     methods: dict[str, list[list[Row]]] = {}
     for cell in run.cells:
         if cell.cost and cell.state == "finished":
-            methods.setdefault(cell.method, []).append(list(cell.cost))
+            rows = [row | {"minutes": (row.get("seconds") or 0) / 60} for row in cell.cost]
+            methods.setdefault(cell.method, []).append(rows)
     if not methods:
         return {"charts": [], "lines": []}
     most = max(len(rows) for cells in methods.values() for rows in cells)

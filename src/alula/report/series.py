@@ -166,13 +166,13 @@ def _order(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Tasks in the order of learning, those still to come after them; and base tasks."""
     base = tuple(dict.fromkeys(row["task"] for row in cell.scores if row["is_base"]))
     named = dict.fromkeys(row["task"] for row in cell.scores if not row["is_base"])
-    learnt = sorted({(row["row"], row["after"]) for row in cell.scores if row["row"] > 0 and row.get("after") in named})
-    return tuple(dict.fromkeys([*(after for _, after in learnt), *named])), base
+    learnt = {row["row"]: row["after"] for row in cell.scores if row["row"] > 0 and row.get("after") in named}
+    others = iter([name for name in named if name not in learnt.values()])
+    placed = [learnt[row] if row in learnt else next(others, "") for row in range(1, max(len(named), *learnt, 0) + 1)]
+    return tuple(name for name in placed if name), base
 
 
-def _read_samples(
-    matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict, Cell]]
-) -> tuple[tuple[TaskSamples, ...], list[str]]:
+def _read_samples(matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict, Cell]]) -> tuple[tuple[TaskSamples, ...], list[str]]:
     """Per-sample scores of every column, checked against the stored scores."""
     columns, problems = [], []
     for column, name in enumerate(matrix.names):

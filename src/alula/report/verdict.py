@@ -46,9 +46,9 @@ def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: S
     ours = [one for one in whole if not one.is_reference]
     sentences: list[Markup] = []
     if ours:
-        noise = noise_level(whole)
-        sentences += [_best(ours, noise), *_against(ours, noise), *_kept(ours[0]), *_references(ours[0], whole, noise)]
-        sentences += _noise(noise, whole)
+        seeds = seed_noise(whole)
+        sentences += [_best(ours, seeds), *_against(ours, seeds), *_kept(ours[0]), *_references(ours[0], whole, seeds)]
+        sentences += _noise(noise_level(whole), seeds)
     else:
         sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
     if failed:
@@ -62,30 +62,31 @@ def _points(gap: float, interval: Interval | None, *, is_signed: bool = True) ->
     return f"{show(100 * gap, is_signed=is_signed)} points {show_interval(interval)}".strip()
 
 
-def _is_noise(gap: float, interval: Interval | None, noise: float | None) -> bool:
-    return interval is None or not interval.excludes(0.0) or abs(gap) < (noise or 0.0)
+def _is_noise(gap: float, interval: Interval | None, seeds: float) -> bool:
+    """True where other test samples (the paired interval) or other seeds could explain the difference."""
+    return interval is None or not interval.excludes(0.0) or abs(gap) < seeds
 
 
-def _best(ours: Sequence[Series], noise: float | None) -> Markup:
+def _best(ours: Sequence[Series], seeds: float) -> Markup:
     best, over = ours[0], ours[0].spread("average_score")
-    seeds = f"{over.count} seeds" if over.count > 1 else "one seed"
+    count = f"{over.count} seeds" if over.count > 1 else "one seed"
     said = Markup("After {} tasks <b>{}</b> has the highest average score of the methods: <b>{}</b> ({}, n = {}).").format(
         best.members[0].matrix.num_learnt, best.name, _points(over.mean, best.interval("average_score"), is_signed=False),
-        seeds, best.num_samples("average_score"),
+        count, best.num_samples("average_score"),
     )  # fmt: skip
-    close = [other for other in ours[1:] if _is_noise(*difference(best, other), noise)]
+    close = [other for other in ours[1:] if _is_noise(*difference(best, other), seeds)]
     if close:
         listed = ", ".join(f"{other.name} ({_points(*difference(other, best))})" for other in close)
         said += Markup(" It cannot be told apart from {}.").format(listed)
     return said
 
 
-def _against(ours: Sequence[Series], noise: float | None) -> list[Markup]:
+def _against(ours: Sequence[Series], seeds: float) -> list[Markup]:
     plain = next((one for one in ours[1:] if one.method == "finetune"), None)
     if plain is None:
         return []
     gap, interval = difference(ours[0], plain)
-    judged = "which noise could explain" if _is_noise(gap, interval, noise) else "more than noise"
+    judged = "noise could explain it" if _is_noise(gap, interval, seeds) else "more than noise"
     return [Markup("Against plain fine-tuning that is {}: {}.").format(_points(gap, interval), judged)]
 
 
@@ -117,20 +118,20 @@ def _judge(gain: float, interval: Interval | None, same: str, better: str, worse
     return better if gain > 0 else worse
 
 
-def _references(best: Series, whole: Sequence[Series], noise: float | None) -> list[Markup]:
+def _references(best: Series, whole: Sequence[Series], seeds: float) -> list[Markup]:
     said = []
     for reference in (one for one in whole if one.is_reference):
         gap, interval = difference(reference, best)
         what = "all tasks at once" if reference.method == "joint" else "told which task it is"
-        judged = "not to be told apart from it" if _is_noise(gap, interval, noise) else "more than noise"
-        said.append(Markup("The reference {} ({}) is at {}: {}.").format(reference.name, what, _points(gap, interval), judged))
+        judged = "noise could explain it" if _is_noise(gap, interval, seeds) else "more than noise"
+        said.append(Markup("The reference <b>{}</b> ({}) is {} away: {}.").format(reference.name, what, _points(gap, interval), judged))
     return said
 
 
-def _noise(noise: float | None, whole: Sequence[Series]) -> list[Markup]:
+def _noise(noise: float | None, seeds: float) -> list[Markup]:
     if noise is None:
         return []
-    seeds = seed_noise(whole)
-    reason = "seeds" if seeds == noise else "test samples"
+    reason = "seeds" if seeds == noise else "test samples, for a typical pair of series"
     single = "" if seeds else " One seed only: another start could change more than that."
-    return [Markup("<b>Differences under {} points are noise here</b> (from the {}, 95 %).{}").format(show(100 * noise), reason, single)]
+    said = Markup("<b>Differences under {} points are noise here</b> (from the {}, 95 %).{}")
+    return [said.format(show(100 * noise), reason, single)]

@@ -68,7 +68,7 @@ class AnalyticRouter(Router):
         if missing:
             raise UserError(
                 f"Router 'analytic' at token level has no statistics of {', '.join(missing)}. "
-                "Gather them (`token_statistics: true` when the task is learnt) or route at level 'sample'."
+                "Learn with an arm of that level, or gather them with `alula.observe(..., tokens=True)`, or route at level 'sample'."
             )
         order = [*self.names, BASE] if BASE in known else self.names
         rows = self.statistics.solve()

@@ -53,9 +53,7 @@ class Router(nn.Module, ABC):
 ROUTERS: Registry[type[Router]] = Registry("router")
 
 
-def top_k_softmax(
-    scores: Float[Tensor, "batch tokens experts"], *, top_k: int
-) -> Float[Tensor, "batch tokens experts"]:
+def top_k_softmax(scores: Float[Tensor, "batch tokens experts"], *, top_k: int) -> Float[Tensor, "batch tokens experts"]:
     """Softmax over the `top_k` largest scores, zero elsewhere; the same as softmax, top-k, renormalise."""
     count = min(top_k, scores.shape[-1])
     best, index = scores.topk(count, dim=-1)

@@ -12,6 +12,10 @@ from alula.routers.base import standardise
 from alula.routers.statistics import RidgeStatistics
 
 
+WIDTH = 512
+"""Numbers a description is projected to; ours, see benchmarks/prompt_routing.py for accuracy against bytes."""
+
+
 def describe(
     hidden: Float[Tensor, "batch tokens dim"],
     prompt: Bool[Tensor, "batch tokens"],
@@ -33,21 +37,45 @@ def describe(
     return torch.cat([*halves, has_image, torch.full_like(has_image, hidden.shape[-1] ** 0.5)], dim=-1)
 
 
+def projection(dim: int, width: int) -> Float[Tensor, "dim width"]:
+    """A fixed random projection that keeps lengths and angles roughly; the same on every machine."""
+    drawn = torch.randn(dim, width, generator=torch.Generator().manual_seed(dim * 100_003 + width), dtype=torch.float64)
+    return (drawn / width**0.5).float()
+
+
 class PromptRouter:
     """Classifies whole prompts by the base model's activations at a few layers, in closed form.
 
     Scores of the layers are added. If general text was observed as ``base``, prompts that belong to no task go to the
     base model. The decision needs one pass of the base model over the prompt and none for the answer.
 
+    Args:
+        layers: decoder layers whose input is looked at.
+        dim: width of the decoder.
+        width: descriptions are projected to this many numbers first, so that a task's sums take ``width ** 2 / 2`` numbers
+            per layer whatever the model; None keeps them whole.
+
     Source: ours (see `RidgeStatistics`).
     """
 
     temperature = 10.0
 
-    def __init__(self, *, layers: Sequence[int], dim: int, ridge: float = 1e-2) -> None:
+    def __init__(self, *, layers: Sequence[int], dim: int, width: int | None = WIDTH, ridge: float = 1e-2) -> None:
         self.layers = tuple(layers)
-        self.statistics = [RidgeStatistics(2 * dim + 2, ridge=ridge) for _ in self.layers]
+        self.width = width if width is not None and width < 2 * dim + 2 else None
+        self._projection = projection(2 * dim + 2, self.width) if self.width else None
+        self.statistics = [RidgeStatistics(self.width or 2 * dim + 2, ridge=ridge) for _ in self.layers]
         self._classifiers: list[Tensor] | None = None
+
+    def features(
+        self,
+        hidden: Float[Tensor, "batch tokens dim"],
+        prompt: Bool[Tensor, "batch tokens"],
+        image_mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> Float[Tensor, "batch features"]:
+        """What is classified: the prompt's description, projected."""
+        whole = describe(hidden, prompt, image_mask)
+        return whole if self._projection is None else whole @ self._projection.to(whole.device)
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +108,7 @@ class PromptRouter:
         if missing:
             raise UserError(
                 f"Router 'analytic' has no statistics of {', '.join(missing)}, so no prompt can be routed there. "
-                "Learn the task with alula, or gather them from its data with `Mixtures.fit`."
+                "Learn the task with `alula learn`, or gather them from its data with `alula.observe`."
             )
         if self._classifiers is None:
             self._classifiers = [statistics.solve() for statistics in self.statistics]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alula.mixtures import Mixtures
 from alula.context import BASE, Routing
 from alula.data.collate import Collator
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.files import read_jsonl, write_json
 from alula.methods import Arm, Method
+from alula.mixtures import Mixtures
 from alula.routers import GateRouter
 
 SAMPLES = 24

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def learn_task(
 def _check_new(name: str, pool: Pool | None, folder: Path, *, linears: object, layers: object, router: str | None) -> None:
     """Refuses at the door what would otherwise come to light after minutes of training."""
     check_name(name)
+    if name == BASE:
+        raise UserError(f"'{BASE}' means the base model in a pool. Choose another task name.")
     if router is not None and router not in ROUTINGS:
         raise UserError(f"Unknown router '{router}'. {nearest(router, ROUTINGS)}")
     if pool is None:
@@ -186,7 +189,6 @@ def score_pool(
     """Scores the pool on tasks and keeps every prediction in `out`."""
     collator, rows = Collator(opened.processor), []
     for task in tasks:
-        bar = progress.add_task(f"scoring {task.name}", total=len(task.test[:limit])) if progress else None
         found = evaluate_task(
             opened.model,
             collator,
@@ -194,8 +196,15 @@ def score_pool(
             batch_size=16,
             limit=limit,
             around=opened.mixtures.director.on_prompts,
-            progress=(lambda done, total, bar=bar: progress.update(bar, completed=done)) if progress else None,
+            progress=_follow(progress, task, limit=limit),
         )
         write_jsonl(out / f"{task.name}.jsonl", [prediction.as_row() for prediction in found])
         rows.append({"task": task.name, **vars(score_task(task, found))})
     return rows
+
+
+def _follow(progress: Progress | None, task: Task, *, limit: int | None) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    bar = progress.add_task(f"scoring {task.name}", total=len(task.test[:limit]))
+    return lambda done, total: progress.update(bar, completed=done)

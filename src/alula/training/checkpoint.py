@@ -132,11 +132,7 @@ def _difference(stored: dict, wanted: dict) -> str:
 
 def optimizer_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Tensors:
     """The optimizer's state by parameter name."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    return {f"{name}/{key}": value for name, parameter in parameters.items() for key, value in optimizer.state.get(parameter, {}).items()}
 
 
 def load_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: Tensors) -> None:

@@ -140,7 +140,7 @@ class Trainer:
             self.method.end_stage(self.model, task, stage)
         self.method.end_task(self.model, task)
         self.model.eval()
-        stored = self.method.stored_tensors(self.model).values()
+        stored = [*self.method.stored_tensors(self.model).values(), *self.method.state_dict().values()]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
         self.cost = replace(self.cost, stored_parameters=sum(tensor.numel() for tensor in stored), stored_bytes=num_bytes)
         self._save(Place(task=index + 1), {})

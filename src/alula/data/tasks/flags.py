@@ -40,9 +40,7 @@ def build(*, language: str, train_size: int | None, test_size: int | None, seed:
             picture = place(decode(row["image"]), side=SIDE, rng=generator("flags", key, seed), smallest=0.75, flip=False)
             kind = QUESTIONS[language].index(question)
             samples.append(
-                Sample.ask(
-                    question, answer, images=(encode(picture),), id=f"{name}/{key}/{kind}", origin=name, language=language
-                )
+                Sample.ask(question, answer, images=(encode(picture),), id=f"{name}/{key}/{kind}", origin=name, language=language)
             )
         splits[split] = samples
     tokens = answer_tokens(splits["train"] + splits["test"])

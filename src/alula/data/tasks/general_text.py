@@ -11,7 +11,4 @@ NAME = "general_text"
 
 def general_prompts() -> list[Sample]:
     """300 text-only requests of eight kinds with answers, always in the same order."""
-    return [
-        Sample.ask(row["question"], row["answer"], id=f"{NAME}/{index}", origin=NAME)
-        for index, row in enumerate(read_table(NAME))
-    ]
+    return [Sample.ask(row["question"], row["answer"], id=f"{NAME}/{index}", origin=NAME) for index, row in enumerate(read_table(NAME))]

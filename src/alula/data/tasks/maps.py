@@ -79,9 +79,7 @@ def build(*, language: str, train_size: int | None, test_size: int | None, seed:
             picture = _draw(code, outlines, STYLES[split], generator("maps", key, seed))
             kind = QUESTIONS[language].index(question)
             samples.append(
-                Sample.ask(
-                    question, answer, images=(encode(picture),), id=f"{name}/{key}/{kind}", origin=name, language=language
-                )
+                Sample.ask(question, answer, images=(encode(picture),), id=f"{name}/{key}/{kind}", origin=name, language=language)
             )
         splits[split] = samples
     tokens = answer_tokens(splits["train"] + splits["test"])
@@ -98,9 +96,7 @@ def _outlines(row: dict[str, Any]) -> list[Outline]:
             west, east = min(turned)[0], max(turned)[0]
             if east > -230 and west < 230:
                 latitudes = flat[1::2]
-                outlines.append(
-                    Outline(code=row["code"], points=turned, bounds=(west, min(latitudes), east, max(latitudes)))
-                )
+                outlines.append(Outline(code=row["code"], points=turned, bounds=(west, min(latitudes), east, max(latitudes))))
     return outlines
 
 
@@ -127,9 +123,7 @@ def _draw(code: str, outlines: list[Outline], style: Style, rng: random.Random) 
         left, right = ((edge - longitude) * scale_x + SIDE / 2 for edge in (outline.bounds[0], outline.bounds[2]))
         low, high = (SIDE / 2 - (height(edge) - centre) * scale_y for edge in (outline.bounds[1], outline.bounds[3]))
         if right > 0 and left < SIDE and low > 0 and high < SIDE:
-            line = [
-                ((x - longitude) * scale_x + SIDE / 2, SIDE / 2 - (height(y) - centre) * scale_y) for x, y in outline.points
-            ]
+            line = [((x - longitude) * scale_x + SIDE / 2, SIDE / 2 - (height(y) - centre) * scale_y) for x, y in outline.points]
             draw.polygon(line, fill=highlight if outline.code == code else style.land, outline=style.border)
     return image
 

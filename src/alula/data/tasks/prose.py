@@ -28,7 +28,6 @@ def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
     """Each sample is one assistant message; `train_size` has no effect."""
     rows = choose(list(enumerate(read_table(NAME))), size=test_size, seed=seed, name=NAME)
     test = [
-        Sample(id=f"{NAME}/test/{index}", messages=(Message(role="assistant", content=row["text"]),), origin=NAME)
-        for index, row in rows
+        Sample(id=f"{NAME}/test/{index}", messages=(Message(role="assistant", content=row["text"]),), origin=NAME) for index, row in rows
     ]
     return Task(name=NAME, train=[], test=test, scoring="bits_per_byte", is_base=True, description=str(INFO[NAME]))

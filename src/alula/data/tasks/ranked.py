@@ -12,7 +12,5 @@ def ranked_samples(items: Iterable[tuple[str, str, list[str]]], *, name: str, se
     for question, answer, distractors in items:
         options = [answer, *distractors]
         generator(name, question, seed).shuffle(options)
-        samples.append(
-            Sample.ask(question, answer, options=tuple(options), id=f"{name}/test/{question}", origin=name)
-        )
+        samples.append(Sample.ask(question, answer, options=tuple(options), id=f"{name}/test/{question}", origin=name))
     return samples

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alula.mixtures import Mixtures
 from alula.context import BASE
+from alula.mixtures import Mixtures
 from alula.routers import AnalyticRouter, GateRouter
 from alula.routers.base import standardise
 

@@ -1,0 +1,252 @@
+"""The shape of the code: which room imports which, how long files and functions are, what happens at import."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import alula
+from alula.data.tasks import INFO, TASKS
+from alula.methods import METHODS
+from alula.routers.named import ROUTINGS
+
+SOURCE = Path(alula.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A room imports only from rooms above it. `training.settings` is a room of its own: it knows no model, and both methods
+# and recipes name it.
+ROOMS = (
+    "errors",
+    "registry",
+    "files",
+    "data",
+    "models",
+    "context",
+    "experts",
+    "routers",
+    "mixture",
+    "routing",
+    "mixtures",
+    "observe",
+    "peft_format",
+    "pool",
+    "objectives",
+    "training.settings",
+    "methods",
+    "training",
+    "evaluation",
+    "report",
+    "config",
+    "running",
+    "aligning",
+    "cli",
+)
+LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+# trainer.fit may be longer (style guide, rule 1), and so may verbs whose parameters are their documentation.
+LONG_FUNCTIONS = {"training/loop.py": 80}
+
+
+def by_path(path):
+    return str(path.relative_to(SOURCE))
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=by_path)
+
+
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room_of(module):
+    """``alula.training.loop`` -> training."""
+    parts = module.split(".")[1:]
+    longest = ".".join(parts[:2])
+    return longest if longest in ROOMS else parts[0] if parts else "alula"
+
+
+def for_type_checkers(tree):
+    """Everything below ``if TYPE_CHECKING``."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    return {inner for block in blocks for inner in ast.walk(block)}
+
+
+def imported(tree):
+    """(line, module) of every import that happens at run time, inside functions too."""
+    exempt = for_type_checkers(tree)
+    for node in ast.walk(tree):
+        if node in exempt:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            own = f"{node.module}."
+            is_package = node.module == "alula" or (SOURCE.parent / node.module.replace(".", "/")).is_dir()
+            yield from ((node.lineno, own + alias.name if is_package else node.module) for alias in node.names)
+
+
+def test_every_file_lives_in_a_listed_room():
+    found = {room_of(".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)) for path in FILES} - {"__init__"}
+    assert found == set(ROOMS)
+
+
+@every_file
+def test_a_room_imports_only_rooms_above_it(path):
+    module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+    if path == SOURCE / "__init__.py":
+        return  # the list of public names
+    own = room_of(module)
+    wrong = [
+        f"line {line}: {own} imports {name}"
+        for line, name in imported(parsed(path))
+        if name.split(".")[0] == "alula" and ROOMS.index(room_of(name)) > ROOMS.index(own)
+    ]
+    assert not wrong
+
+
+@every_file
+def test_files_and_functions_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    limit = LONG_FUNCTIONS.get(by_path(path), LONGEST_FUNCTION)
+    functions = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno + 1 > limit}
+    assert not long
+
+
+@every_file
+def test_there_is_no_global_state(path):
+    tree = parsed(path)
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    foreign = {name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for name in bound_names(node)}
+    wrong = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else []
+        wrong += [ast.unparse(node) for target in targets for part in ast.walk(target) if is_attribute_of(part, foreign)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and root(node.args[0]) in foreign:
+            wrong.append(ast.unparse(node))
+    assert not wrong, "assigns to what another module owns"
+
+
+def bound_names(node):
+    return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+
+
+def root(node):
+    """``torch.backends.cuda`` -> torch."""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def is_attribute_of(node, foreign):
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and root(node) in foreign
+
+
+QUIET = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+# What may be called at import: makers of values and tables, and the registration of our own model with transformers.
+MAKERS = {
+    "Registry",
+    "TypeVar",
+    "frozenset",
+    "set",
+    "tuple",
+    "dict",
+    "sorted",
+    "range",
+    "re.compile",
+    "logging.getLogger",
+    "Console",
+    "typer.Typer",
+    "Routing",
+    "register",
+    "Path",
+}
+
+
+@every_file
+def test_importing_a_file_does_no_work(path):
+    allowed_calls = {"AutoConfig.register", "AutoModelForImageTextToText.register", "AutoProcessor.register", "AutoModel.register"}
+    for node in parsed(path).body:
+        if isinstance(node, ast.If):
+            assert "TYPE_CHECKING" in ast.unparse(node.test), f"line {node.lineno}"
+        elif isinstance(node, ast.Expr):
+            if isinstance(node.value, ast.Constant):
+                continue
+            calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+            assert all(is_registration(call) for call in calls) or calls <= allowed_calls, f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.For):
+            calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+            assert any(is_registration(call) for call in calls), f"line {node.lineno}: {ast.unparse(node)}"
+        else:
+            assert isinstance(node, QUIET), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def is_registration(call):
+    return "register" in call or call in ("app.command", "app.command('learn')") or call.startswith("app.command")
+
+
+@every_file
+def test_the_environment_is_read_by_the_command_line_alone(path):
+    if path.parent.name == "cli":
+        return
+    text = ast.unparse(parsed(path))
+    assert "os.environ" not in text
+    assert "os.getenv" not in text
+
+
+@every_file
+def test_nothing_private_of_torch_or_transformers_is_imported(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("torch", "transformers", "peft", "accelerate"):
+            private = [part for part in (*node.module.split("."), *(alias.name for alias in node.names)) if part.startswith("_")]
+            assert not private, f"line {node.lineno}"
+
+
+@every_file
+def test_no_file_is_a_drawer_and_no_annotations_are_postponed(path):
+    assert path.stem not in ("utils", "helpers", "common", "misc", "manager")
+    assert "annotations" not in [alias.name for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+def loaded_after(code):
+    ask = f"{code}\nimport sys\nprint(*(set(sys.modules) & {{'torch', 'transformers', 'datasets', 'numpy', 'PIL'}}))"
+    return set(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_alula_imports_nothing_heavy():
+    assert loaded_after("import alula") == set()
+
+
+def test_the_report_and_recipes_import_no_torch():
+    code = "import alula.report, alula.report.pool_page, alula.config, alula.evaluation"
+    assert not loaded_after(code) & {"torch", "transformers", "datasets"}
+
+
+def test_every_public_name_is_there_and_says_what_it_is():
+    for name in set(alula.__all__) - {"__version__"}:
+        found = getattr(alula, name)
+        assert found.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        alula.nothing  # noqa: B018
+
+
+def test_everything_that_can_be_named_says_what_it_is_in_one_line():
+    for name in METHODS:
+        summary = METHODS[name].__doc__.splitlines()[0]
+        assert summary.endswith((".", ":", ";")) or len(summary) > 20, name
+    for name in TASKS:
+        assert INFO[name].summary.strip(), name
+        assert INFO[name].licence.strip(), name
+    assert set(TASKS) == set(INFO)
+    assert ROUTINGS
+
+
+def test_methods_and_tasks_live_in_files_one_can_guess():
+    for name in METHODS:
+        assert METHODS[name].__module__.startswith("alula.methods."), name
+    for name in TASKS:
+        assert getattr(TASKS[name], "__module__", "alula.data.tasks.").startswith("alula.data.tasks."), name
