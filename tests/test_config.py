@@ -145,7 +145,7 @@ def test_every_field_of_the_schema_says_what_it_is():
 
 def test_one_method_with_two_options_needs_labels_and_gets_two_folders(tmp_path):
     twice = [{"name": "routed", "options": {"rank": 2}}, {"name": "routed", "options": {"rank": 8}}]
-    with pytest.raises(UserError, match="the method 'routed' comes twice. Give each of them a 'label'"):
+    with pytest.raises(UserError, match=r"the method 'routed' comes twice. Give each of them a 'label'"):
         check_recipe({**SMALL, "methods": twice})
     recipe = check_recipe({**SMALL, "methods": [twice[0], {**twice[1], "label": "routed_wide"}]})
     cells = [make_cell(recipe, choice, 0, tmp_path) for choice in recipe.methods]

@@ -5,6 +5,7 @@ import re
 import time
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -25,6 +26,11 @@ ASSETS = files("alula.data.tasks.assets")
 @cache
 def small(name: str) -> Task:
     return load_task(name, train_size=20, test_size=10)
+
+
+@cache
+def middling(name: str) -> Task:
+    return load_task(name, train_size=800, test_size=300)
 
 
 @cache
@@ -52,7 +58,7 @@ def test_images_open_and_stay_bytes_until_then(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LEARNT if name.split("_")[-1] not in ("ja", "sw", "ur")])
 def test_no_test_image_is_in_train(name: str) -> None:
-    task = whole(name)
+    task = middling(name)
     train = {image for sample in task.train for image in sample.images}
     assert not train & {image for sample in task.test for image in sample.images}
 
@@ -91,21 +97,22 @@ def test_ranked_options_hold_the_answer_once_in_any_place(name: str) -> None:
 
 
 def test_base_tasks_are_never_trained() -> None:
-    assert [name for name in NAMES if whole(name).is_base] == ["antonym", "capital", "definition", "prose"]
+    assert [name for name in NAMES if small(name).is_base] == ["antonym", "capital", "definition", "prose"]
 
 
 @pytest.mark.parametrize("name", ["easy_vqa", "emoji_en", "flags", "scenes", "charts", "digits", "words", "maps", "animals"])
 def test_blind_level_is_what_is_said(name: str) -> None:
+    task = whole(name) if name == "easy_vqa" else middling(name)  # easy-VQA has many phrasings, and is not drawn
     answers: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for sample in whole(name).train:
+    for sample in task.train:
         answers[sample.question][sample.answer] += 1
-    # Ties go to any of the commonest answers; 0.04 is two standard errors of .2 on the smallest test split (310).
+    # Ties go to any of the commonest answers; 0.04 is two standard errors of .2 on 300 samples.
     guesses = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
-    blind = sum(guesses.get(sample.question) == sample.answer for sample in whole(name).test) / len(whole(name).test)
+    blind = sum(guesses.get(sample.question) == sample.answer for sample in task.test) / len(task.test)
     assert blind == pytest.approx(INFO[name].blind, abs=0.04)
 
 
-@pytest.mark.parametrize("name", ["easy_vqa", "emoji_en", "flags", "maps", "animals"])
+@pytest.mark.parametrize("name", ["easy_vqa", "emoji_en", "flags", "animals"])
 def test_every_answer_of_a_closed_task_can_be_learnt(name: str) -> None:
     assert {sample.answer for sample in whole(name).test} <= {sample.answer for sample in whole(name).train}
 
@@ -144,14 +151,14 @@ def test_held_out_vendors_are_not_in_train(name: str) -> None:
 
 
 def test_scene_counts_are_balanced_and_written_right() -> None:
-    counted = [s for s in whole("scenes").train if s.question.startswith("How many")]
+    counted = [s for s in middling("scenes").train if s.question.startswith("How many")]
     counts = collections.Counter(s.answer for s in counted)
-    assert set(counts) == set("12345") and max(counts.values()) < 1.4 * min(counts.values())
+    assert set(counts) == set("12345") and max(counts.values()) < 2 * min(counts.values())
     assert not any(re.search(r"(fishs|butterflys|buss|strawberrys)\b", s.question) for s in counted)
 
 
 def test_digit_sums_are_right() -> None:
-    for sample in whole("digits").test:
+    for sample in middling("digits").test:
         if sample.question == "Which digits are written?":
             assert re.fullmatch(r"\d\d", sample.answer)
         if "sum" in sample.question:
@@ -162,7 +169,7 @@ def test_no_map_has_stripes() -> None:
     for row in read_table("maps"):
         for ring in row["rings"]:
             longitudes = ring[::2]
-            assert all(abs(a - b) < 180 for a, b in zip(longitudes, longitudes[1:], strict=False)), row["code"]
+            assert all(abs(a - b) < 180 for a, b in pairwise(longitudes)), row["code"]
 
 
 def test_flags_that_look_alike_are_not_asked() -> None:

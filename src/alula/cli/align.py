@@ -18,7 +18,7 @@ def align(
     from alula.cli.screen import progress, results
     from alula.config import check_train, parse_settings
 
-    defaults = {"steps": 600, "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "save_every": 100}
+    defaults = {"steps": 400, "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "save_every": 100}
     settings = check_train(defaults | parse_settings(set_ or []))
     choice = task_choice(task, train_size=train_size)
     from alula.aligning import align as run

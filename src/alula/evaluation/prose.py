@@ -27,7 +27,8 @@ def measure_prose(
     """Bits of all targets of each sample, and the bytes they stand for.
 
     Bits per byte is comparable between tokenizers, perplexity per token is not. The token that ends a turn is a target
-    like the others: its bits count, and it has no bytes.
+    like the others: its bits count, and it has no bytes. The first token of running text is predicted from nothing: its
+    bytes count, it has no bits. Both are the same for every model with that tokenizer.
     Source: The Pile (Gao et al. 2020), section 3.1, arXiv 2101.00027.
     """
     costs, _ = target_costs(model, on_device(collator(samples), device), around=around)

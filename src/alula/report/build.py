@@ -111,7 +111,8 @@ def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
         ("Cells", ", ".join(f"{count} {state}" for state, count in cells.items() if count)),
         ("Test samples", f"{samples} a row of the matrix" if samples else ""),
         ("Steps a task", " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if steps else ""),
-        ("Time", f"training {show_time(training)}, evaluation {show_time(testing)}" if training or testing else ""),
+        ("Training time", show_time(training) if training else ""),
+        ("Evaluation time", show_time(testing) if testing else ""),
         ("Machine", ", ".join(machine)),
     ]
     return [(label, text) for label, text in facts if text]

@@ -60,13 +60,11 @@ def line_chart(lines: Sequence[Line], *, x_labels: Sequence[str], unit: Callable
         parts.append(Markup('<text class="tick{}" x="{:.1f}" y="{}">{}</text>').format(anchor, across, HEIGHT - 12, short))
     for index, line in enumerate(lines):
         hidden_by = sum(other.points == line.points for other in lines[index + 1 :])  # drawn wider, so that it still shows
-        parts.append(_draw_line(line, place, unit, width=2 + 4 * hidden_by) if line.points else Markup(""))
+        parts.append(_draw_line(line, place, unit, width=2 + 3 * min(hidden_by, 3)) if line.points else Markup(""))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _draw_line(
-    line: Line, place: Callable[[float, float], tuple[float, float]], unit: Callable[[float], str], *, width: int
-) -> Markup:
+def _draw_line(line: Line, place: Callable[[float, float], tuple[float, float]], unit: Callable[[float], str], *, width: int) -> Markup:
     spots = [(*place(x, y), y) for x, y in line.points]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in spots)
     dashes = " dashed" if line.is_dashed else ""

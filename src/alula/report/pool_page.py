@@ -156,15 +156,15 @@ def _change_view(first: Measured, second: Measured) -> View:
     """Second minus first on the same samples; better or worse only where the 95 % interval leaves out zero."""
     if not first.rows or first.ids != second.ids:
         return {"text": show(None), "kind": "empty"}
-    change = np.mean(second.values) - np.mean(first.values)
+    change = (second.score or 0.0) - (first.score or 0.0)
+    if second.is_prose:  # long samples weigh more: the interval of a plain mean would be another number's
+        return {"text": show(change, digits=3, is_signed=True), "kind": "same"}
     interval: Interval | None = paired_interval(second.values, first.values)
     is_sure = interval is not None and interval.excludes(0.0)
-    is_good = (change > 0) != second.is_prose
-    scale, digits = (1.0, 3) if second.is_prose else (100.0, 1)
     return {
-        "text": show(float(change) * scale, digits=digits, is_signed=True),
-        "interval": show_interval(interval, scale=scale, digits=digits),
-        "kind": ("better" if is_good else "worse") if is_sure else "same",
+        "text": show(change * 100, is_signed=True),
+        "interval": show_interval(interval),
+        "kind": ("better" if change > 0 else "worse") if is_sure else "same",
     }
 
 

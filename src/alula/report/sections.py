@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from alula.evaluation.bootstrap import paired_interval
+from alula.evaluation.bootstrap import Interval, percentile_interval, resample_rows
 from alula.files import read_jsonl
 from alula.report.definitions import METRICS, Metric
 from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
@@ -94,7 +94,7 @@ def _matrix_view(series: Series, colour: int, page: Path) -> View:
         if not np.isfinite(rows[stage]).any():
             continue
         cells = [_matrix_cell(members, rows, stage, column, page) for column in range(len(matrix.names))]
-        is_joint = stage > 1 and not np.isfinite(rows[1:stage]).any()
+        is_joint = _is_single_stage(members[0]) and stage > 0
         lines.append({"label": "after all tasks" if is_joint else labels[stage], "cells": cells})
     return {
         "name": series.name,
@@ -116,7 +116,16 @@ def _matrix_cell(members: list[Member], rows: np.ndarray, stage: int, column: in
         return {"text": UNKNOWN, "kind": "empty"}
     is_bits = name in matrix.bits_tasks
     unread = sum(member.unparsed.get((stage, name), 0) for member in members)
-    kind = "learnt" if name in matrix.tasks and stage == column + 1 else "future" if stage <= column < len(matrix.tasks) else ""
+    is_joint = _is_single_stage(members[0])
+    kind = (
+        ""
+        if is_joint
+        else "learnt"
+        if name in matrix.tasks and stage == column + 1
+        else "future"
+        if stage <= column < len(matrix.tasks)
+        else ""
+    )
     each = ", ".join(show(member.matrix.rows[stage, column] * (1 if is_bits else 100)) for member in members)
     path = members[0].sources.get((stage, name))
     return {
@@ -156,33 +165,39 @@ def _start(member: Member, name: str) -> float:
 def _change_cell(series: Series, name: str) -> View:
     members = [m for m in series.members if name in m.matrix.names and name in _names(series)]
     starts = [_start(member, name) for member in members]
-    ends_first = all(not np.isfinite(m.matrix.rows[1:-1]).any() for m in members)  # joint: one stage, the last
-    if not members or not np.isfinite(starts).all() or (ends_first and name in members[0].matrix.tasks[1:]):
+    is_joint = all(_is_single_stage(member) for member in members)
+    if not members or not np.isfinite(starts).all() or (is_joint and name in members[0].matrix.tasks):
         return {"text": UNKNOWN, "kind": "empty"}
+    stages = [_first_stage(member, name) for member in members]
+    if all(stage == member.matrix.num_learnt for stage, member in zip(stages, members, strict=True)):
+        return {"text": "learnt last", "kind": "empty"}
     columns = [member.matrix.names.index(name) for member in members]
     samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
-    is_bits = name in members[0].matrix.bits_tasks
+    flips = [(s.values[stage], s.values[-1]) for s, stage in zip(samples, stages, strict=True)]
+    drawn = [resample_rows([s])[..., 0] for s in samples]
+    interval = percentile_interval(np.mean([d[:, -1] - d[:, stage] for d, stage in zip(drawn, stages, strict=True)], axis=0))
     ends = [float(member.matrix.last[column]) for member, column in zip(members, columns, strict=True)]
-    change = float(np.mean(ends) - np.mean(starts))
-    if all(_first_stage(member, name) == member.matrix.num_learnt for member in members):
-        return {"text": "learnt last", "kind": "empty"}
-    flips = [(s.values[_first_stage(m, name)], s.values[-1]) for m, s in zip(members, samples, strict=True)]
+    return _change_shown(float(np.mean(starts)), float(np.mean(ends)), flips, interval, is_bits=name in members[0].matrix.bits_tasks)
+
+
+def _is_single_stage(member: Member) -> bool:
+    """True for joint training: between the base model and the end nothing was measured."""
+    return member.matrix.num_learnt > 1 and not np.isfinite(member.matrix.rows[1:-1]).any()
+
+
+def _change_shown(start: float, end: float, flips: list[tuple], interval: Interval | None, *, is_bits: bool) -> View:
     lost = sum(int((then > now).sum()) for then, now in flips)
     gained = sum(int((then < now).sum()) for then, now in flips)
-    is_alike = not is_bits and len({len(then) for then, _ in flips}) == 1  # the same test samples in every seed
-    interval = None
-    if is_alike:
-        then, now = (np.mean(side, axis=0) for side in zip(*flips, strict=True))
-        interval = paired_interval(now, then)
     is_clear = interval is not None and interval.excludes(0.0)
     scale, digits = (1.0, 3) if is_bits else (100.0, 1)
+    counted = f"; lost {lost}, gained {gained} of {sum(len(then) for then, _ in flips)} answers"
     return {
-        "text": show(change * scale, digits=digits, is_signed=True),
-        "detail": "" if is_bits else f"−{lost} +{gained}",
-        "kind": "" if not is_clear else "worse" if change < 0 else "better",
-        "strength": round(min(abs(change) * 100, 100)),
-        "title": f"{show(float(np.mean(starts)) * scale, digits=digits)} → {show(float(np.mean(ends)) * scale, digits=digits)} "
-        f"{show_interval(interval)}; lost {lost}, gained {gained} of {sum(len(then) for then, _ in flips)} answers",
+        "text": show((end - start) * scale, digits=digits, is_signed=True),
+        "detail": "bits a byte" if is_bits else f"−{lost} +{gained}",
+        "kind": "" if not is_clear else "worse" if (end < start) != is_bits else "better",
+        "strength": round(min(abs(end - start) * 100, 100)),
+        "title": f"{show(start * scale, digits=digits)} → {show(end * scale, digits=digits)} "
+        f"{show_interval(interval, scale=scale, digits=digits)}{'' if is_bits else counted}",
     }
 
 
@@ -243,8 +258,9 @@ COSTS = (
 def cost_view(run: Run, colours: dict[str, int]) -> View:
     """What each method costs against the number of tasks, mean over its cells: charts and totals."""
     methods: dict[str, list[list[Row]]] = {}
+    done = {cell.method for cell in run.cells if cell.state == "finished"}
     for cell in run.cells:
-        if cell.cost and cell.state == "finished":
+        if cell.cost and (cell.state == "finished" or cell.method not in done):
             rows = [row | {"minutes": (row.get("seconds") or 0) / 60} for row in cell.cost]
             methods.setdefault(cell.method, []).append(rows)
     if not methods:

@@ -11,7 +11,6 @@ from alula.errors import UserError
 from alula.routers.base import standardise
 from alula.routers.statistics import RidgeStatistics
 
-
 WIDTH = 512
 """Numbers a description is projected to; ours, see benchmarks/prompt_routing.py for accuracy against bytes."""
 
