@@ -167,9 +167,7 @@ def test_the_model_comes_back_in_its_mode_and_the_limit_takes_the_first(parts: t
     moves: list[tuple[int, int]] = []
     task = Task(name="colours", train=(), test=colours(), max_new_tokens=2)
     model.train()
-    found = evaluate_task(
-        model, collator, task, batch_size=2, limit=3, seed=5, method="m", progress=lambda *move: moves.append(move)
-    )
+    found = evaluate_task(model, collator, task, batch_size=2, limit=3, seed=5, method="m", progress=lambda *move: moves.append(move))
     assert model.training
     model.eval()
     assert [row.id for row in found] == ["0", "1", "2"] and moves == [(2, 3), (3, 3)]

@@ -8,8 +8,7 @@ import torch
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import sha256
-from alula.mixtures import attach
-from alula.observing import observe
+from alula.mixture import attach, observe
 from alula.peft_format import read_adapter
 from alula.pool import Pool
 from zoo import build, example_batch

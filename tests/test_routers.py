@@ -9,8 +9,7 @@ import torch
 from alula.context import Context, Routing
 from alula.errors import UserError
 from alula.experts.lora import LoRAExperts
-from alula.mixtures import attach
-from alula.observing import observe
+from alula.mixture import attach, observe
 from alula.routers import ROUTERS, GateRouter, PromptRouter
 from alula.routers.base import standardise, top_k_softmax
 from alula.routers.prompt import describe

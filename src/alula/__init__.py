@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from alula.evaluation.evaluate import evaluate_task
     from alula.evaluation.matrix import ScoreMatrix
     from alula.methods import METHODS, Method
-    from alula.mixtures import Mixtures, attach
+    from alula.mixture import Mixtures, attach, observe
     from alula.models import anatomy, load_model, load_processor
-    from alula.observing import observe
     from alula.peft_format import read_adapter
     from alula.pool import Pool
     from alula.report import build_report
@@ -33,7 +32,7 @@ _HOMES = {
     "METHODS": "methods",
     "Message": "data.sample",
     "Method": "methods",
-    "Mixtures": "mixtures",
+    "Mixtures": "mixture",
     "Pool": "pool",
     "Recipe": "config",
     "Routing": "context",
@@ -45,7 +44,7 @@ _HOMES = {
     "Trainer": "training.loop",
     "UserError": "errors",
     "anatomy": "models.anatomy",
-    "attach": "mixtures",
+    "attach": "mixture",
     "build_report": "report",
     "evaluate_task": "evaluation.evaluate",
     "generate": "running.learn",
@@ -53,7 +52,7 @@ _HOMES = {
     "load_model": "models",
     "load_processor": "models",
     "load_task": "data.tasks",
-    "observe": "observing",
+    "observe": "mixture",
     "open_pool": "running.learn",
     "read_adapter": "peft_format",
     "read_recipe": "config",

@@ -17,25 +17,37 @@ Json = dict | list | str | int | float | bool | None
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place only if the block ends well.
+def told_of(path: Path | str) -> Iterator[None]:
+    """Turns the operating system's refusal to write `path` into a sentence.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; `path` keeps its former content.
     """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}. What was there before is unchanged. "
+            "Free some space or choose another folder, then run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place only if the block ends well.
+
+    Raises:
+        UserError: see `told_of`.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {target}: {error.strerror or error}. What was there before is unchanged. "
-            "Free some space or choose another folder, then run the same command again."
-        ) from error
+        with told_of(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

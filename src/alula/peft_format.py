@@ -6,7 +6,7 @@ import torch
 
 from alula.errors import UserError
 from alula.files import read_json, read_tensors, write_json, write_tensors
-from alula.mixtures import Mixtures
+from alula.mixture import Mixtures
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -9,7 +9,7 @@ from alula.context import BASE, Routing
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
 from alula.files import read_json, read_tensors, sha256, write_json, write_tensors
-from alula.mixtures import Mixtures, attach
+from alula.mixture import Mixtures, attach
 from alula.models import base_fingerprint
 from alula.peft_format import CONFIG, TENSORS, read_adapter, write_adapter
 from alula.routers.named import ROUTINGS
@@ -73,6 +73,8 @@ class Pool:
         if not path.exists():
             raise UserError(f"No pool in {folder} ({MANIFEST} is missing). Make one with `alula learn --pool {folder} ...`.")
         manifest = read_json(path)
+        if not isinstance(manifest, dict) or not {"base", "arm", "experts"} <= manifest.keys():
+            raise UserError(f"{path} is not a pool's manifest. Restore it from a copy, or start a new pool.")
         if manifest.get("format") != FORMAT:
             raise UserError(f"{path} has format {manifest.get('format')}; this alula reads {FORMAT}. Install a newer alula.")
         return cls(folder, manifest)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alula.context import BASE
 from alula.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -18,8 +19,10 @@ def check_name(name: str) -> str:
     """`name`, if it can name an expert.
 
     Raises:
-        UserError: it has characters that a folder or a parameter cannot have.
+        UserError: it has characters that a folder or a parameter cannot have, or is the base model's name.
     """
+    if name == BASE:
+        raise UserError(f"'{BASE}' is the name of the untouched model in every router. Choose another name for the expert.")
     if not _NAME.fullmatch(name):
         raise UserError(f"'{name}' cannot name an expert: letters, digits, '_' and '-' are accepted. Choose such a name.")
     return name
@@ -64,7 +67,12 @@ class LoRAExperts(nn.Module):
         Args:
             rank: width of the bottleneck, at least 1.
             alpha: the update is scaled by ``alpha / rank``.
+
+        Raises:
+            UserError: a rank below 1.
         """
+        if rank < 1:
+            raise UserError(f"Expert '{name}' was given rank {rank}; 1 or more is accepted. Choose a width such as 8.")
         down = torch.empty(rank, self.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         up = torch.zeros(self.out_features, rank)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from alula.context import Routing
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.methods.base import METHODS, Method, Stage
-from alula.mixtures import Mixtures, attach
+from alula.mixture import Mixtures, attach
 from alula.objectives.next_token import next_token_loss
 from alula.training.settings import TrainSettings
 

@@ -11,9 +11,8 @@ from alula.data.stream import Task
 from alula.data.tasks import general_prompts
 from alula.errors import UserError
 from alula.methods.base import METHODS, Arm, Method, Stage
-from alula.mixtures import Mixtures, attach
+from alula.mixture import Mixtures, attach, observe
 from alula.objectives.next_token import next_token_loss
-from alula.observing import observe
 from alula.routers.named import ROUTINGS
 from alula.training.settings import TrainSettings
 

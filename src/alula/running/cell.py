@@ -42,6 +42,12 @@ class Cell:
     examples: int = 0
     trackers: tuple[str, ...] = ()
     identity: str = ""
+    label: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The method's name in the report: its label, if the recipe gave one."""
+        return self.label or self.method
 
     @property
     def is_done(self) -> bool:
@@ -115,7 +121,7 @@ class ScoreBook:
             shared = self.cell.base_folder / f"{task.name}.jsonl"
             if not shared.exists():
                 write_jsonl(shared, [found.as_row() for found in self._measure(task, None, row=0, arm=BASE_ARM)])
-            own = [{**row, "method": self.cell.method, "seed": self.cell.seed} for row in read_jsonl(shared)]
+            own = [{**row, "method": self.cell.shown, "seed": self.cell.seed} for row in read_jsonl(shared)]
             self._keep(task, own, row=0, after=None, arm=BASE_ARM)
         self._write()
 
@@ -163,7 +169,7 @@ class ScoreBook:
                 batch_size=cell.batch_size,
                 progress=move,
                 seed=cell.seed,
-                method=cell.method,
+                method=cell.shown,
                 around=way.around if way else None,
             )
         if self.progress is not None and bar is not None:

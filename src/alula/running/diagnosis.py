@@ -14,7 +14,7 @@ from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.files import read_jsonl, write_json
 from alula.methods import Arm, Method
-from alula.mixtures import Mixtures
+from alula.mixture import Mixtures
 from alula.routers import GateRouter
 
 SAMPLES = 24

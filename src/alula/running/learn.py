@@ -22,7 +22,7 @@ from alula.experts.lora import check_name
 from alula.files import write_jsonl
 from alula.methods import Arm
 from alula.methods.routed import Routed
-from alula.mixtures import Mixtures, attach
+from alula.mixture import Mixtures, attach
 from alula.models import load_model
 from alula.models.loading import EMBEDDED
 from alula.pool import MANIFEST, Pool

@@ -121,6 +121,7 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path) -> 
     is_first = seed == recipe.seeds[0]
     return Cell(
         method=choice.name,
+        label=choice.shown,
         seed=seed,
         settings=settings,
         options=choice.options,

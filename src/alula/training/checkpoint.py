@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alula.errors import UserError
-from alula.files import read_json, read_tensors, write_json, write_tensors
+from alula.files import read_json, read_tensors, told_of, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "accelerate")
@@ -81,9 +81,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(part / "state.json", state)
     # A folder cannot be replaced in one move: between the two moves, `load` finds the former one under .old.
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
+    with told_of(folder):
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

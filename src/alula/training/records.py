@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alula.data.stream import Task
 from alula.errors import UserError
-from alula.files import write_text
+from alula.files import told_of, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class LossLog:
         """Adds one line; it survives the end of the process at any later moment."""
         self.num_rows += 1
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as out:
+            with told_of(self.path), open(self.path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from alula.context import Cell, Routing
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
-from alula.mixture import Mixture
+from alula.mixture.director import Director
+from alula.mixture.mixture import Mixture
 from alula.models.anatomy import Anatomy, anatomy
 from alula.routers import ROUTERS, GateRouter, PromptRouter, Router
-from alula.routing import Director
 
 
 class Mixtures:

@@ -13,7 +13,7 @@ from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routi
 from alula.errors import UserError
 
 if TYPE_CHECKING:
-    from alula.mixtures import Mixtures
+    from alula.mixture.handle import Mixtures
 
 _NOT_IN_A_PROMPT_PASS = ("labels", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "num_logits_to_keep", KEYWORD)
 

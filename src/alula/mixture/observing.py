@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alula.context import BASE
-from alula.mixtures import Mixtures
+from alula.mixture.handle import Mixtures
 from alula.routers import AnalyticRouter, GateRouter
 from alula.routers.base import standardise
 
