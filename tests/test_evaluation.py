@@ -14,6 +14,7 @@ from alula.data.sample import Message, Sample
 from alula.data.stream import Task
 from alula.errors import UserError
 from alula.evaluation.evaluate import evaluate_task
+from alula.evaluation.ranking import rank_options
 from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, score_task
 from zoo import build
 from zoo.parts import picture
@@ -130,6 +131,8 @@ def test_the_ranked_answer_has_the_best_likelihood_for_each_token(parts: tuple[P
     task = Task(name="ranked", train=(), test=colours(options=options), scoring="ranked")
     for sample, found in zip(task.test, evaluate_task(model, collator, task, batch_size=6), strict=True):
         by_hand = [continuation_by_hand(model, collator, sample, option) for option in options]
+        ranked = rank_options(model, collator, [sample, *task.test[:2]], device=model.device)
+        assert ranked[0] == pytest.approx(by_hand, rel=1e-4)
         assert found.output == options[by_hand.index(max(by_hand))]
         assert found.score == float(found.output == sample.answer)
         assert found.options == options

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from alula.data import Sample, check_images, read_samples, read_task
+from alula.data.readers import read_test
 from alula.errors import UserError
+from alula.files import write_jsonl
 
 
 def png(shade: int = 0) -> bytes:
@@ -292,3 +294,11 @@ def test_a_folder_holds_train_and_test(folder: Path) -> None:
     (folder / "test.json").write_text("[]")
     with pytest.raises(UserError, match=r"holds test.jsonl, test.json. Keep one"):
         read_task("colours", folder)
+
+
+def test_room_for_an_answer_follows_the_longest_one(tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": "word " * 40 + str(i)} for i in range(30)]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    assert read_task("long", tmp_path / "long.jsonl").max_new_tokens > 100
+    test = read_test("long", tmp_path / "long.jsonl")
+    assert (len(test.train), len(test.test)) == (0, 30) and test.max_new_tokens > 100

@@ -49,7 +49,7 @@ def read_task(
     scoring: str = "exact_match",
     seed: int = 0,
     image_root: Path | str | None = None,
-    max_new_tokens: int = 12,
+    max_new_tokens: int | None = None,
 ) -> Task:
     """A task from one file (split here), two files, or a folder that holds ``train`` and perhaps ``test``.
 
@@ -63,7 +63,7 @@ def read_task(
         scoring: as in `Task`.
         seed: gives another split.
         image_root: as in `read_samples`.
-        max_new_tokens: tokens; as in `Task`.
+        max_new_tokens: tokens; as in `Task`. None: room for the longest test answer.
 
     Raises:
         UserError: as `read_samples`; too few samples to split; a ratio outside 0-1; the same sample in both files.
@@ -78,7 +78,23 @@ def read_task(
     else:
         train, test = samples, read_samples(test_path, image_root=image_root)
         _refuse_shared(train, test)
-    return Task(name=name, train=train, test=test, scoring=scoring, max_new_tokens=max_new_tokens)
+    return Task(name=name, train=train, test=test, scoring=scoring, max_new_tokens=max_new_tokens or _room_for(test))
+
+
+def read_test(name: str, path: Path | str, *, scoring: str = "exact_match", image_root: Path | str | None = None) -> Task:
+    """A task to score, not to learn: all rows of a file are its test samples.
+
+    Raises:
+        UserError: as `read_samples`.
+    """
+    samples = read_samples(path, image_root=image_root)
+    return Task(name=name, train=(), test=samples, scoring=scoring, max_new_tokens=_room_for(samples))
+
+
+def _room_for(samples: Sequence[Sample]) -> int:
+    """Tokens for the longest answer: byte-level tokenizers need at worst about .7 a byte (Japanese, Urdu), less elsewhere."""
+    longest = max((len(sample.answer.encode()) for sample in samples), default=0)
+    return max(12, int(longest * 0.75) + 2)
 
 
 def check_images(samples: Sequence[Sample]) -> None:

@@ -6,16 +6,15 @@ from pathlib import Path
 import jinja2
 
 from alula.files import write_text
+from alula.report.changes import change_view, lost_answers
 from alula.report.definitions import METRICS, OTHER_METRICS, TERMS
 from alula.report.format import show_time
 from alula.report.reading import Run, read_run
 from alula.report.routing import diagnosis_rows, example_views, expert_colours, routing_views
 from alula.report.sections import (
-    change_view,
     colour_of,
     cost_view,
     link_to,
-    lost_answers,
     matrix_views,
     stage_charts,
     summary_rows,

@@ -1,4 +1,4 @@
-"""The tables of a report as plain values for the template: summary, score matrices, what was lost and gained, cost."""
+"""The tables of a report as plain values for the template: summary, score matrices, stages, cost."""
 
 import os
 from collections.abc import Sequence
@@ -7,8 +7,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from alula.evaluation.bootstrap import Interval, percentile_interval, resample_rows
-from alula.files import read_jsonl
 from alula.report.definitions import METRICS, Metric
 from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
 from alula.report.format import UNKNOWN, show, show_amount, show_bytes, show_interval, show_time
@@ -94,7 +92,7 @@ def _matrix_view(series: Series, colour: int, page: Path) -> View:
         if not np.isfinite(rows[stage]).any():
             continue
         cells = [_matrix_cell(members, rows, stage, column, page) for column in range(len(matrix.names))]
-        is_joint = _is_single_stage(members[0]) and stage > 0
+        is_joint = members[0].is_single_stage and stage > 0
         lines.append({"label": "after all tasks" if is_joint else labels[stage], "cells": cells})
     return {
         "name": series.name,
@@ -116,7 +114,7 @@ def _matrix_cell(members: list[Member], rows: np.ndarray, stage: int, column: in
         return {"text": UNKNOWN, "kind": "empty"}
     is_bits = name in matrix.bits_tasks
     unread = sum(member.unparsed.get((stage, name), 0) for member in members)
-    is_joint = _is_single_stage(members[0])
+    is_joint = members[0].is_single_stage
     kind = (
         ""
         if is_joint
@@ -135,88 +133,6 @@ def _matrix_cell(members: list[Member], rows: np.ndarray, stage: int, column: in
         "href": link_to(path, page) if path and path.exists() else None,
         "title": f"{name}: {each} (each seed), n = {matrix.counts[column]}, unparsed {unread}",
     }
-
-
-def change_view(series: Sequence[Series]) -> View:
-    """Per task and series: score at the end minus right after learning (base tasks: minus the base model's)."""
-    shown = [one for one in series if one.members and any(np.isfinite(_start(one.members[0], n)) for n in _names(one))]
-    names = list(dict.fromkeys(name for one in shown for name in _names(one)))
-    lines = [{"task": name, "cells": [_change_cell(one, name) for one in shown]} for name in names]
-    base = {name for one in shown for name in one.members[0].matrix.base_tasks}
-    return {"heads": [one.name for one in shown], "lines": [line | {"is_base": line["task"] in base} for line in lines]}
-
-
-def _names(series: Series) -> tuple[str, ...]:
-    matrix = series.members[0].matrix
-    return matrix.tasks[: matrix.num_learnt] + matrix.base_tasks
-
-
-def _first_stage(member: Member, name: str) -> int:
-    """The row a task is compared with: right after it was learnt; the base model's for a base task."""
-    return member.matrix.tasks.index(name) + 1 if name in member.matrix.tasks else 0
-
-
-def _start(member: Member, name: str) -> float:
-    stage = _first_stage(member, name)
-    rows = member.matrix.rows
-    return float(rows[stage, member.matrix.names.index(name)]) if stage < len(rows) else float("nan")
-
-
-def _change_cell(series: Series, name: str) -> View:
-    members = [m for m in series.members if name in m.matrix.names and name in _names(series)]
-    starts = [_start(member, name) for member in members]
-    is_joint = all(_is_single_stage(member) for member in members)
-    if not members or not np.isfinite(starts).all() or (is_joint and name in members[0].matrix.tasks):
-        return {"text": UNKNOWN, "kind": "empty"}
-    stages = [_first_stage(member, name) for member in members]
-    if all(stage == member.matrix.num_learnt for stage, member in zip(stages, members, strict=True)):
-        return {"text": "learnt last", "kind": "empty"}
-    columns = [member.matrix.names.index(name) for member in members]
-    samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
-    flips = [(s.values[stage], s.values[-1]) for s, stage in zip(samples, stages, strict=True)]
-    drawn = [resample_rows([s])[..., 0] for s in samples]
-    interval = percentile_interval(np.mean([d[:, -1] - d[:, stage] for d, stage in zip(drawn, stages, strict=True)], axis=0))
-    ends = [float(member.matrix.last[column]) for member, column in zip(members, columns, strict=True)]
-    return _change_shown(float(np.mean(starts)), float(np.mean(ends)), flips, interval, is_bits=name in members[0].matrix.bits_tasks)
-
-
-def _is_single_stage(member: Member) -> bool:
-    """True for joint training: between the base model and the end nothing was measured."""
-    return member.matrix.num_learnt > 1 and not np.isfinite(member.matrix.rows[1:-1]).any()
-
-
-def _change_shown(start: float, end: float, flips: list[tuple], interval: Interval | None, *, is_bits: bool) -> View:
-    lost = sum(int((then > now).sum()) for then, now in flips)
-    gained = sum(int((then < now).sum()) for then, now in flips)
-    is_clear = interval is not None and interval.excludes(0.0)
-    scale, digits = (1.0, 3) if is_bits else (100.0, 1)
-    counted = f"; lost {lost}, gained {gained} of {sum(len(then) for then, _ in flips)} answers"
-    return {
-        "text": show((end - start) * scale, digits=digits, is_signed=True),
-        "detail": "bits a byte" if is_bits else f"−{lost} +{gained}",
-        "kind": "" if not is_clear else "worse" if (end < start) != is_bits else "better",
-        "strength": round(min(abs(end - start) * 100, 100)),
-        "title": f"{show(start * scale, digits=digits)} → {show(end * scale, digits=digits)} "
-        f"{show_interval(interval, scale=scale, digits=digits)}{'' if is_bits else counted}",
-    }
-
-
-def lost_answers(series: Sequence[Series], *, most: int = 2) -> list[View]:
-    """Some samples that were right after learning and are wrong at the end, for each series and task."""
-    found = []
-    for one in series:
-        for member in one.members[:1]:
-            for column, name in enumerate(member.matrix.tasks[: member.matrix.num_learnt]):
-                first = member.samples[column].values[column + 1], member.samples[column].values[-1]
-                for index in np.flatnonzero(first[0] > first[1])[:most]:
-                    found.append({"series": one.name, "task": name, **_answers(member, name, int(index), column + 1)})
-    return found
-
-
-def _answers(member: Member, name: str, index: int, stage: int) -> View:
-    then, now = (read_jsonl(member.sources[row, name])[index] for row in (stage, member.matrix.num_learnt))
-    return {"question": then["prompt"].replace("<image>", "").strip(), "reference": then["reference"],
-            "then": then["output"], "now": now["output"], "is_parsed": now["parsed"]}  # fmt: skip
 
 
 def stage_charts(series: Sequence[Series], colours: dict[str, int]) -> list[View]:

@@ -33,6 +33,11 @@ class Member:
     unparsed: dict[tuple[int, str], int]
     problems: tuple[str, ...] = ()
 
+    @property
+    def is_single_stage(self) -> bool:
+        """True for joint training: between the base model and the end nothing was measured."""
+        return self.matrix.num_learnt > 1 and not np.isfinite(self.matrix.rows[1:-1]).any()
+
     @cached_property
     def resampled(self) -> dict[str, np.ndarray]:
         """Every summary of a thousand resampled matrices."""

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch import nn
 
 from alula.config import MethodChoice, Recipe, TaskChoice, check_recipe, write_recipe
-from alula.data.readers import check_images, read_task
+from alula.data.readers import check_images, read_task, read_test
 from alula.data.stream import Stream, Task
 from alula.data.tasks import load_task
 from alula.errors import UserError
@@ -38,6 +38,19 @@ def load_choice(choice: TaskChoice) -> Task:
     task = read_task(choice.name, choice.path, test_path=choice.test_path, scoring=choice.scoring)
     task = limited(task, train_size=choice.train_size, test_size=choice.test_size)
     check_images([*task.train, *task.test])  # now, not in the middle of the training
+    return task
+
+
+def load_to_score(choice: TaskChoice) -> Task:
+    """As `load_choice`, but every row of a user's file is scored; a folder's test rows are.
+
+    Raises:
+        UserError: as `load_choice`.
+    """
+    if choice.path is None or choice.path.is_dir():
+        return load_choice(choice)
+    task = read_test(choice.name, choice.path, scoring=choice.scoring)
+    check_images(task.test)
     return task
 
 
