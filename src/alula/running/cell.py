@@ -119,10 +119,11 @@ class ScoreBook:
         """Row 0, measured once for all cells of the run."""
         for task in self._tasks():
             shared = self.cell.base_folder / f"{task.name}.jsonl"
+            started = time.perf_counter()
             if not shared.exists():
                 write_jsonl(shared, [found.as_row() for found in self._measure(task, None, row=0, arm=BASE_ARM)])
             own = [{**row, "method": self.cell.shown, "seed": self.cell.seed} for row in read_jsonl(shared)]
-            self._keep(task, own, row=0, after=None, arm=BASE_ARM)
+            self._keep(task, own, row=0, after=None, arm=BASE_ARM, seconds=time.perf_counter() - started)
         self._write()
 
     def score_row(self, row: int, after: str, arm: Arm) -> None:
@@ -132,6 +133,7 @@ class ScoreBook:
             if not (task.is_base or task.name in seen or self.cell.future_tasks):
                 continue
             path = self._path(row, arm.name, task)
+            started = time.perf_counter()
             if path.exists():
                 found = read_jsonl(path)
             elif arm.is_settled and task.name != after:
@@ -139,7 +141,8 @@ class ScoreBook:
                 found = read_jsonl(former)
             else:
                 found = [prediction.as_row() for prediction in self._measure(task, arm, row=row, arm=arm.name)]
-            self._keep(task, found, row=row, after=after, arm=arm.name)
+            seconds = time.perf_counter() - started
+            self._keep(task, found, row=row, after=after, arm=arm.name, seconds=seconds)
         self._write()
 
     def keep_cost(self, row: dict[str, Any]) -> None:
@@ -176,12 +179,13 @@ class ScoreBook:
             self.progress.remove_task(bar)
         return found
 
-    def _keep(self, task: Task, found: list[dict], *, row: int, after: str | None, arm: str) -> None:
+    def _keep(self, task: Task, found: list[dict], *, row: int, after: str | None, arm: str, seconds: float) -> None:
         write_jsonl(self._path(row, arm, task), found)
         predictions = [Prediction(**{**line, "options": tuple(line.get("options", ()))}) for line in found]
         score = score_task(task, predictions)
         line = {"row": row, "after": after, "arm": arm, "task": task.name, "is_base": task.is_base, **vars(score)}
-        self._rows[row, arm, task.name] = line
+        known = self._rows.get((row, arm, task.name), {}).get("seconds", 0.0)  # a row read back took its time before
+        self._rows[row, arm, task.name] = {**line, "seconds": round(max(known, seconds), 2)}
 
     def _write(self) -> None:
         write_jsonl(self.cell.folder / "scores.jsonl", self._rows.values())
