@@ -1,5 +1,6 @@
 """One expert per task and a router over them: what is stored never changes, so only the selection can drift."""
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -70,8 +71,7 @@ class Routed(Method):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """A new, silent expert. Its first values depend on the seed and the task's name, not on the order of tasks."""
         self._task = task.name
-        seed = self.settings.seed + sum(ord(letter) * 31**place for place, letter in enumerate(task.name[:12]))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.settings.seed}/{task.name}".encode()))
         self.mixtures.grow(task.name, rank=self.rank, alpha=self.alpha, generator=generator)
 
     def stages(self, task: Task) -> tuple[Stage, ...]:
