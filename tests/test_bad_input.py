@@ -140,7 +140,7 @@ def test_a_task_name_is_taken_once_in_a_pool(pool, tmp_path):
 @pytest.mark.parametrize("name", ["a/b", "../up", "a.b", "base"])
 def test_a_name_that_cannot_be_an_expert_is_refused_at_the_door(name, pool, tmp_path):
     before = digests(pool)
-    refused(learn(name, write_task(tmp_path / "task"), pool), "cannot name an expert|means the base model", "Choose")
+    refused(learn(name, write_task(tmp_path / "task"), pool), "cannot name an expert|is the name of the untouched model", "Choose")
     assert digests(pool) == before
 
 

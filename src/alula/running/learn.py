@@ -108,8 +108,6 @@ def learn_task(
 def _check_new(name: str, pool: Pool | None, folder: Path, *, linears: object, layers: object, router: str | None) -> None:
     """Refuses at the door what would otherwise come to light after minutes of training."""
     check_name(name)
-    if name == BASE:
-        raise UserError(f"'{BASE}' means the base model in a pool. Choose another task name.")
     if router is not None and router not in ROUTINGS:
         raise UserError(f"Unknown router '{router}'. {nearest(router, ROUTINGS)}")
     if pool is None:
