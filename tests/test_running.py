@@ -1,6 +1,7 @@
 """A whole run on a tiny model of a real architecture: every file that the report reads, resumption, crashes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from alula.config import check_recipe
 from alula.errors import UserError
 from alula.files import read_json, read_jsonl
+from alula.report import build_report
 from alula.running.run import run_recipe
 from zoo import build
 
@@ -28,10 +30,10 @@ def recipe(tiny, **changes):
         "tasks": [{"name": "easy_vqa", "train_size": 12, "test_size": 6}, {"name": "digits", "train_size": 12, "test_size": 6}],
         "base_tasks": [{"name": "capital", "test_size": 5}, {"name": "prose", "test_size": 3}],
         "methods": [
-            {"name": "routed", "options": {"arms": ["analytic", "gate", "oracle"], "gate_steps": 2, "rank": 2}},
+            {"name": "routed", "options": {"arms": ["analytic", "gate", "oracle"], "gate_steps": 2, "rank": 2, "layers": [1, 2]}},
             {"name": "finetune", "options": {"rank": 2}},
             {"name": "joint", "options": {"rank": 2}},
-            {"name": "specialist", "options": {"rank": 2}},
+            {"name": "specialist", "options": {"rank": 2, "layers": [1, 2]}},
         ],
         "seeds": [0],
         "train": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
@@ -71,6 +73,15 @@ def test_specialist_scores_are_the_oracle_arm_of_routed(finished):
     routed, specialist = scores(finished, "routed-seed0"), scores(finished, "specialist-seed0")
     oracle = {key: value for key, value in routed.items() if key[1] == "oracle"}
     assert oracle == {key: value for key, value in specialist.items() if key[0] > 0}
+
+
+def test_the_report_of_a_real_run_shows_every_method_and_asks_nothing_of_the_network(finished, tmp_path):
+    page = build_report(finished, out=tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("routed:analytic", "routed:gate", "routed:oracle", "finetune", "joint", "specialist"):
+        assert name in page
+    assert not re.search(r"(src|href)=\"https?:", page)
+    routing = read_json(finished / "cells" / "routed-seed0" / "routing.json")
+    assert all(arm["layers"] == [1, 2] and all(len(task) == 2 for task in arm["weights"]) for arm in routing)
 
 
 def test_joint_has_one_row_after_all_tasks(finished):

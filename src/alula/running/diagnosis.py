@@ -47,13 +47,18 @@ class WeightLog:
         self.by_token += whole
         self.count += 1
 
+    @property
+    def site_layers(self) -> list[int]:
+        """The decoder layers that carry mixtures."""
+        return sorted(set(self._layer.values()))
+
     def layers(self) -> Tensor:
-        """Mean weight, layers x experts (the last is the base model)."""
+        """Mean weight, site layers x experts (the last is the base model)."""
         if not self.by_layer:  # no expert spoke at all
-            rows = torch.zeros(self.mixtures.anatomy.num_layers, self.num_experts + 1)
+            rows = torch.zeros(len(self.site_layers), self.num_experts + 1)
             rows[:, -1] = 1.0
             return rows
-        return torch.stack([self.by_layer[layer] / self.by_layer[layer].sum() for layer in sorted(self.by_layer)])
+        return torch.stack([self.by_layer[layer] / self.by_layer[layer].sum() for layer in self.site_layers])
 
     def tokens(self) -> Tensor:
         """Mean weight over sites, batch x tokens x experts."""
@@ -93,6 +98,7 @@ def _routing(mixtures: Mixtures, model: nn.Module, collator: Collator, stream: S
     tasks = [*stream.tasks, *(task for task in stream.base_tasks if task.scoring == "ranked")]
     for task in tasks:
         log = log_weights(mixtures, model, collator(list(task.test[:SAMPLES])), arm, task)
+        layers = log.site_layers
         by_layer, by_token = log.layers(), log.tokens()[log.valid]
         weights.append(by_layer.tolist())
         best = by_token.topk(2, dim=-1).values
@@ -104,7 +110,7 @@ def _routing(mixtures: Mixtures, model: nn.Module, collator: Collator, stream: S
     return {
         "arm": arm.name,
         "experts": experts,
-        "layers": list(range(len(weights[0]))),
+        "layers": layers,
         "tasks": [task.name for task in tasks],
         "weights": weights,
         "right_expert_share": share,
