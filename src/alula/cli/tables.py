@@ -7,21 +7,23 @@ from rich.table import Table
 
 
 def summary_table(folder: Path) -> Table:
-    """One row per method and arm: mean over seeds, standard deviation over seeds, 95 % interval over samples."""
+    """One column per method and arm: mean over seeds, standard deviation over seeds, 95 % interval over samples."""
     from alula.report import summary
     from alula.report.definitions import METRICS
 
-    rows = summary(folder)
-    table = Table(title=f"{folder}", caption="mean ± standard deviation over seeds [95 % bootstrap interval over samples], n samples")
-    table.add_column("method", no_wrap=True)
-    table.add_column("seeds")
-    for metric in METRICS:
-        table.add_column(f"{metric.label}\n({metric.unit}, {metric.better} is better)", justify="right")
+    rows: list[dict[str, Any]] = summary(folder)
+    seeds = max((len(row["seeds"]) for row in rows), default=0)
+    table = Table(
+        title=str(folder),
+        caption=f"mean ± standard deviation over seeds ({seeds}), \\[95 % bootstrap interval over samples], n samples",
+        show_lines=True,
+    )
+    table.add_column("metric")
     for row in rows:
-        metrics: Any = row["metrics"]
-        seeds: Any = row["seeds"]
-        cells = [_cell(metrics[metric.name]) for metric in METRICS]
-        table.add_row(f"{row['series']}{' (running)' if row['is_partial'] else ''}", str(len(seeds)), *cells)
+        table.add_column(f"{row['series']}{' (running)' if row['is_partial'] else ''}", justify="right", overflow="fold")
+    for metric in METRICS:
+        label = f"{metric.label}\n{metric.unit}, {metric.better} is better"
+        table.add_row(label, *(_cell(row["metrics"][metric.name]) for row in rows))
     return table
 
 
@@ -44,5 +46,5 @@ def _cell(metric: dict[str, Any]) -> str:
         return "-"
     digits = 3 if metric["unit"] == "bits" else 1
     spread = f" ± {metric['sd']:.{digits}f}" if metric["sd"] is not None else ""
-    interval = f"\n[{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]" if metric["low"] is not None else ""
-    return f"{metric['mean']:.{digits}f}{spread}{interval.replace('[', chr(92) + '[')}\nn = {metric['samples']}"
+    interval = f"\n\\[{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]" if metric["low"] is not None else ""
+    return f"{metric['mean']:.{digits}f}{spread}{interval}\nn = {metric['samples']}"
