@@ -34,18 +34,22 @@ def describe(mixtures: object, collator: Collator, samples: list[Sample]) -> lis
     return [torch.cat(site) for site in zip(*parts, strict=True)]
 
 
+def _short(features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return torch.cat([features[:, :-1] @ matrix, features[:, -1:]], dim=-1)
+
+
 def accuracy(train: dict, test: dict, *, sites: list[int], width: int | None) -> tuple[dict, int]:
     """Per task how many prompts went where they belong, and the bytes kept per task."""
-    dim = next(iter(train.values()))[0].shape[1]
+    dim = next(iter(train.values()))[0].shape[1] - 1  # the last column says whether there is an image
     router = PromptRouter(layers=sites, dim=(dim - 2) // 2, width=width)
     keep = [projection(dim, width) if width else torch.eye(dim) for _ in sites]
     for name, features in train.items():
-        router.observe(name, [features[site] @ matrix for site, matrix in zip(sites, keep, strict=True)])
+        router.observe(name, [_short(features[site], matrix) for site, matrix in zip(sites, keep, strict=True)])
     experts = [name for name in train if name != BASE]
     rows = {}
     for name, features in test.items():
         right = name if name in experts else BASE
-        shown = [features[site] @ matrix for site, matrix in zip(sites, keep, strict=True)]
+        shown = [_short(features[site], matrix) for site, matrix in zip(sites, keep, strict=True)]
         chosen = router.log_weights(shown, experts=experts, temperature=None).argmax(dim=-1).tolist()
         counts = {other: chosen.count(index) for index, other in enumerate([*experts, BASE]) if index in chosen}
         rows[name] = {"found": counts.get(right, 0), "of": len(chosen), "chosen": counts}

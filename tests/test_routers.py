@@ -142,6 +142,43 @@ def test_prompt_router_tells_tasks_apart_and_sends_general_text_to_the_base_mode
     assert mixtures.director.decide(text).argmax(dim=-1).tolist() == [1, 1]
 
 
+def test_a_text_only_prompt_never_goes_to_an_expert_that_saw_only_images():
+    router = PromptRouter(layers=(0,), dim=3, width=None)
+    likeness = torch.randn(1, 8)
+    for name, has_image in (("pictures", 1.0), ("texts", 0.0), ("base", 0.0)):
+        rows = likeness + 0.1 * torch.randn(20, 8) if name == "pictures" else torch.randn(20, 8)
+        router.observe(name, [torch.cat([rows, torch.full((20, 1), has_image)], dim=-1)])
+
+    def ask(mark):
+        prompt = torch.cat([likeness, torch.tensor([[mark]])], dim=-1)
+        return router.log_weights([prompt], experts=["pictures", "texts"], temperature=None)
+
+    assert ask(1.0).argmax().item() == 0 and ask(1.0)[0, 1] == -torch.inf
+    assert ask(0.0)[0, 0] == -torch.inf and ask(0.0).isfinite().sum() == 2
+    copy = PromptRouter(layers=(0,), dim=3, width=None)
+    for name in router.names:
+        copy.restore(name, router.stored(name))
+    found = copy.log_weights([torch.ones(2, 9)], experts=["pictures"], temperature=None)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gate", "arrow", "analytic"])
+def test_combined_level_is_finite_for_a_prompt_of_no_expert(name):
+    model, processor = build("llava")
+    mixtures = attach(model)
+    text = example_batch("llava", processor, text_only=True)
+    for expert in ("one", "two"):
+        mixtures.grow(expert, rank=2)
+        observe(mixtures, expert, example_batch("llava", processor), tokens=True)
+    observe(mixtures, "base", text, tokens=True)
+    for mixture in mixtures.sites.values():
+        for gate in mixture.routers["gate"].gates:
+            torch.nn.init.normal_(gate)
+    mixtures.refresh()
+    with torch.no_grad(), mixtures.using(Routing(router=name, level="combined", top_k=2)):
+        assert model(**text).logits.isfinite().all()
+
+
 def test_answers_do_not_change_a_prompts_decision():
     model, processor = build("llava")
     mixtures = attach(model)

@@ -159,7 +159,10 @@ class Director:
             return {"active": everyone}
         log_weights = self._prompt_decision(routing, inputs, shape)
         if routing.level == "combined":
-            return {"active": everyone, "prior": log_weights if routing.router == "analytic" else log_weights[:, : len(names)]}
+            return {
+                "active": everyone,
+                "prior": log_weights if routing.router == "analytic" else log_weights[:, : len(names)].clamp(min=-1e4),
+            }
         best, classes = log_weights.topk(min(routing.top_k, log_weights.shape[-1]), dim=-1)
         weights = torch.zeros_like(log_weights).scatter(-1, classes, best.softmax(dim=-1))[:, : len(names)]
         active = tuple(torch.nonzero(weights.any(dim=0)).flatten().tolist())

@@ -11,7 +11,7 @@ from alula.errors import UserError
 from alula.routers.base import standardise
 from alula.routers.statistics import RidgeStatistics
 
-WIDTH = 512
+WIDTH = 256
 """Numbers a description is projected to; ours, see benchmarks/prompt_routing.py for accuracy against bytes."""
 
 
@@ -48,6 +48,9 @@ class PromptRouter:
     Scores of the layers are added. If general text was observed as ``base``, prompts that belong to no task go to the
     base model. The decision needs one pass of the base model over the prompt and none for the answer.
 
+    A prompt with (or without) images is never sent to an expert that saw no such prompt, as long as the base model can
+    have it: experts for pictures leave a text-only prompt bit-identical to the base model.
+
     Args:
         layers: decoder layers whose input is looked at.
         dim: width of the decoder.
@@ -64,6 +67,7 @@ class PromptRouter:
         self.width = width if width is not None and width < 2 * dim + 2 else None
         self._projection = projection(2 * dim + 2, self.width) if self.width else None
         self.statistics = [RidgeStatistics(self.width or 2 * dim + 2, ridge=ridge) for _ in self.layers]
+        self._kinds: dict[str, Tensor] = {}  # per class: prompts seen without and with images
         self._classifiers: list[Tensor] | None = None
 
     def features(
@@ -72,9 +76,10 @@ class PromptRouter:
         prompt: Bool[Tensor, "batch tokens"],
         image_mask: Bool[Tensor, "batch tokens"] | None,
     ) -> Float[Tensor, "batch features"]:
-        """What is classified: the prompt's description, projected."""
+        """What is classified: the prompt's description, projected; then one column that says whether it has images."""
         whole = describe(hidden, prompt, image_mask)
-        return whole if self._projection is None else whole @ self._projection.to(whole.device)
+        short = whole if self._projection is None else whole @ self._projection.to(whole.device)
+        return torch.cat([short, whole[:, -2:-1].gt(0).float()], dim=-1)
 
     @property
     def names(self) -> list[str]:
@@ -84,11 +89,15 @@ class PromptRouter:
     def observe(self, name: str, features: Sequence[Float[Tensor, "batch features"]]) -> None:
         """Adds prompts of one task, one tensor per layer."""
         for statistics, rows in zip(self.statistics, features, strict=True):
-            statistics.observe(name, rows)
+            statistics.observe(name, rows[:, :-1])
+        with_images = features[0][:, -1].sum().cpu()
+        seen = torch.stack([len(features[0]) - with_images, with_images])
+        self._kinds[name] = self._kinds.get(name, torch.zeros(2)) + seen
         self._classifiers = None
 
     def remove(self, name: str) -> None:
         """Forgets a task."""
+        self._kinds.pop(name, None)
         for statistics in self.statistics:
             statistics.forget(name)
         self._classifiers = None
@@ -111,18 +120,32 @@ class PromptRouter:
             )
         if self._classifiers is None:
             self._classifiers = [statistics.solve() for statistics in self.statistics]
-        order = [known.index(name) for name in (*experts, *([BASE] if BASE in known else []))]
-        by_layer = (rows.float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
-        scores = sum(by_layer, start=torch.tensor(0.0))
-        return (scores * (self.temperature if temperature is None else temperature)).log_softmax(dim=-1)
+        classes = [*experts, *([BASE] if BASE in known else [])]
+        order = [known.index(name) for name in classes]
+        by_layer = (rows[:, :-1].float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
+        scores = sum(by_layer, start=torch.tensor(0.0)) * (self.temperature if temperature is None else temperature)
+        if BASE in known:
+            scores = scores.masked_fill(self._unknown_kind(features[0][:, -1], classes), -torch.inf)
+        return scores.log_softmax(dim=-1)
+
+    def _unknown_kind(self, has_image: Float[Tensor, " batch"], classes: Sequence[str]) -> Bool[Tensor, "batch classes"]:
+        """Where a class never saw a prompt of this kind; the base model takes every kind."""
+        seen = torch.stack([torch.ones(2) if name == BASE else self._kinds[name] for name in classes])
+        return seen.to(has_image.device)[:, has_image.long()].T == 0
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """One task's sums, by layer."""
+        """One task's sums, by layer, and the kinds of prompts it saw."""
+        if name not in self._kinds:
+            return {}
         pairs = zip(self.layers, self.statistics, strict=True)
-        return {f"{layer}.{key}": tensor for layer, sums in pairs for key, tensor in sums.stored(name).items()}
+        sums = {f"{layer}.{key}": tensor for layer, sums in pairs for key, tensor in sums.stored(name).items()}
+        return {**sums, "kinds": self._kinds[name]}
 
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Takes the sums back."""
+        """Takes back what `stored` gave."""
+        if "kinds" not in tensors:
+            return
+        self._kinds[name] = tensors["kinds"]
         for layer, statistics in zip(self.layers, self.statistics, strict=True):
             prefix = f"{layer}."
             statistics.restore(name, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
