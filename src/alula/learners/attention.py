@@ -1,0 +1,225 @@
+"""The mixture around one decoder layer's attention: host + learners + router."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Cache
+
+from alula.errors import UserError
+from alula.experts.lorra import LoRRA, Rotate
+from alula.learners import columns
+from alula.learners.features import IMAGE, KEYWORD, TEXT, Features, kept
+from alula.routers.learner import LearnerRouter
+
+MODALITIES = ("image", "text")
+"""The order of learners among a router's classes, as published: visual first."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the host's attention was called with and what it gave, as far as learners need it."""
+
+    features: Features
+    rotary: tuple[Tensor, Tensor] | None
+    cache: Cache | None
+    sums: Tensor | None
+
+
+class AttentionMixture(nn.Module):
+    """``h + w_V Learner_V(h, x_V) + w_T Learner_T(h, x_T)`` with ``h = residual + attention``, in place of attention.
+
+    Args:
+        host: the layer's attention; its rotary embedding and key positions are the learners', too.
+        learners: by modality.
+        router: weights over them; a lone learner under a router without "neither" has weight 1.
+        joins_late: the host's output is normalised before it joins the residual stream (Gemma 3), so the learners are
+            added by a hook on that norm.
+        strict_text: rows without an image are left bit for bit as the host has them.
+        reference: the arithmetic of the official code: both outputs are added twice, and a text feature's place among the
+            features counts as its position, so the textual learner sees some of the future.
+        text_start: so many first text tokens of a row (the system prompt) are no features.
+
+    Source: Zhang et al. 2024, "Wings", equation 5 (arXiv 2406.03496).
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        index: int,
+        learners: dict[str, LoRRA],
+        router: LearnerRouter,
+        joins_late: bool,
+        strict_text: bool,
+        reference: bool,
+        text_start: int,
+    ) -> None:
+        super().__init__()
+        self.host, self.index, self.router = host, index, router
+        self.learners = nn.ModuleDict(learners)
+        self.joins_late, self.strict_text, self.reference, self.text_start = joins_late, strict_text, reference, text_start
+        self.late: Call | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's output with the learners' part in it."""
+        if KEYWORD not in kwargs:
+            raise UserError(
+                f"The attention of layer {self.index} was called without its keyword, so the learners cannot tell image from text. "
+                "Call the model that `attach_learners` was given, not a part of it (the `generate` of BLIP-2 does so), or `detach` first."
+            )
+        features: Features | None = kwargs.pop(KEYWORD)
+        if features is None:
+            self.late = None
+            return self.host(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        marks = features.all_marks(cache)
+        if self._is_silent(features):
+            self._keep(features, kwargs, cache)
+            self.late = None
+            return self.host(*args, **kwargs)
+        wanted = self.router.columns(marks) if features.is_routed else None
+        if wanted is not None:
+            kwargs |= {columns.KEYWORD: wanted, columns.APART: self.strict_text and not features.memo.all_image}
+        out = self.host(*args, **kwargs)
+        call = Call(features, kwargs.get("position_embeddings"), cache, out[1] if wanted is not None else None)
+        if self.joins_late:
+            self.late = call
+            return out
+        joined = features.memo.residual[self.index] + out[0]
+        return (self._add(out[0], self.added(joined, call), marks), *out[1:])
+
+    def join(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        """The hook on the norm behind the attention, where the host's output joins the residual stream late."""
+        call, self.late = self.late, None
+        if call is None:
+            return out
+        joined = call.features.memo.residual[self.index] + out
+        return self._add(out, self.added(joined, call), call.features.all_marks(call.cache))
+
+    def _add(self, out: Tensor, added: Tensor, marks: Tensor) -> Tensor:
+        added = added.to(out.dtype)
+        if not self.strict_text:
+            return out + added
+        has_image = marks[..., IMAGE].any(dim=1)[:, None, None]
+        return torch.where(has_image, out + added, out)
+
+    def _speaking(self, features: Features) -> list[str]:
+        return [name for name in MODALITIES if name in self.learners and name in features.modalities]
+
+    def _is_silent(self, features: Features) -> bool:
+        speaking = self._speaking(features)
+        return not features.memo.any_image and (self.strict_text or "text" not in speaking)
+
+    def added(self, hidden: Float[Tensor, "batch tokens dim"], call: Call) -> Float[Tensor, "batch tokens dim"]:
+        """The routed sum of what the learners say to `hidden`."""
+        features, marks = call.features, call.features.all_marks(call.cache)
+        present = self._present(features, marks, tokens=hidden.shape[1])
+        said, active = [], []
+        for name in MODALITIES:
+            if name not in self.learners:
+                continue
+            speaks = name in features.modalities
+            active.append(present[name] & speaks)
+            said.append(self._text(hidden, call, marks) if name == "text" and speaks else None)
+            if name == "image" and speaks:
+                said[-1] = self._image(hidden, call, marks)
+        while len(active) < self.router.classes:
+            active.append(torch.ones_like(active[0]))
+        chosen = torch.stack(active, dim=-1)
+        weights = self.router(hidden, call.sums, active=chosen) if features.is_routed else chosen.float()
+        total = torch.zeros_like(hidden)
+        for index, part in enumerate(said):
+            if part is not None:
+                total = total + torch.where(active[index].unsqueeze(-1), weights[..., index : index + 1].to(part.dtype) * part, 0.0)
+        return 2 * total if self.reference else total
+
+    def _present(self, features: Features, marks: Float[Tensor, "batch keys 2"], *, tokens: int) -> dict[str, Tensor]:
+        """Per token, whether there is a feature that it may see."""
+        text = marks[..., TEXT].cumsum(dim=1)[:, -tokens:] > self.text_start
+        if features.documents is None:
+            image = marks[..., IMAGE].any(dim=1, keepdim=True).expand(text.shape)
+        else:
+            image = (features.same_document() & (marks[..., IMAGE] > 0)[:, None, :]).any(dim=-1)
+        return {"text": text, "image": image}
+
+    def _rotate(self, rotary: tuple[Tensor, ...] | None) -> Rotate:
+        if rotary is None:
+            return lambda heads: heads
+        apply = sys.modules[type(self._attention()).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        return lambda heads: apply(heads, heads, *rotary)[0]
+
+    def _attention(self) -> nn.Module:
+        """The host without what may be wrapped around it."""
+        inner = self.host
+        while isinstance(wrapped := getattr(inner, "host", None), nn.Module):
+            inner = wrapped
+        return inner
+
+    def _keep(self, features: Features, kwargs: dict[str, Any], cache: Cache | None) -> None:
+        """A silent layer keeps its features all the same: a later turn of the conversation may bring an image."""
+        if cache is not None and "text" in self._speaking(features):
+            self._text_features(Call(features, kwargs.get("position_embeddings"), cache, None))
+
+    def _text_features(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The text keys and values of the whole sequence up to now; image tokens and padding are blocked."""
+        features, learner = call.features, self.learners["text"]
+        assert isinstance(learner, LoRRA) and features.memo.layer0 is not None
+        valid = features.marks[..., TEXT] > 0
+        if self.text_start:
+            seen = features.all_marks(call.cache)[..., TEXT].cumsum(dim=1)[:, -valid.shape[1] :]
+            valid = valid & (seen > self.text_start)
+        keys, values = learner.keys_values(features.memo.layer0, valid=valid, rotate=self._rotate(call.rotary))
+        return self._cached(keys, values, call, place=1)
+
+    def _text(self, hidden: Tensor, call: Call, marks: Tensor) -> Tensor:
+        keys, values = self._text_features(call)
+        learner, tokens = self.learners["text"], hidden.shape[1]
+        plain = call.features.documents is None and not self.reference
+        whole = keys.shape[2] == tokens
+        mask = None if plain and (whole or tokens == 1) else self._text_mask(call.features, marks, tokens=tokens)
+        return learner(hidden, keys, values, rotate=self._rotate(call.rotary), causal=whole and mask is None, mask=mask)
+
+    def _text_mask(self, features: Features, marks: Tensor, *, tokens: int) -> Tensor:
+        """Causal by true position, within a document; in the official arithmetic by place among the features."""
+        place = torch.arange(marks.shape[1], device=marks.device).expand(marks.shape[:2])
+        query = place[:, -tokens:]
+        if self.reference:
+            place = marks[..., TEXT].cumsum(dim=1).long() - 1 - self.text_start
+        mask = place[:, None, :] <= query[:, :, None]
+        if features.documents is not None:
+            mask = mask & features.same_document()
+        return mask.unsqueeze(1)
+
+    def _image(self, hidden: Tensor, call: Call, marks: Tensor) -> Tensor | None:
+        features, learner, layer0 = call.features, self.learners["image"], call.features.memo.layer0
+        assert isinstance(learner, LoRRA) and layer0 is not None
+        found, mask = features.images(), None
+        if found is None:
+            stored = kept(call.cache, num_layers=features.num_layers)[2 + 2 * self.index] if call.cache is not None else None
+            if stored is None or stored.keys is None:
+                return None
+            keys, values = stored.keys, stored.values
+        else:
+            order, valid = found
+            rows = torch.arange(len(order), device=order.device)[:, None]
+            rotary = (
+                None
+                if call.rotary is None
+                else tuple(turn.expand(*turn.shape[:-3], len(order), *turn.shape[-2:])[..., rows, order, :] for turn in call.rotary)
+            )
+            keys, values = learner.keys_values(layer0[rows, order], valid=valid, rotate=self._rotate(rotary))
+            if features.documents is not None:
+                own = features.same_document().gather(2, order[:, None, :].expand(-1, hidden.shape[1], -1))
+                mask = (own | ~own.any(dim=-1, keepdim=True)).unsqueeze(1)  # a token without any key is taken out later
+            keys, values = self._cached(keys, values, call, place=2)
+        return learner(hidden, keys, values, rotate=self._rotate(call.rotary), mask=mask)
+
+    def _cached(self, keys: Tensor, values: Tensor, call: Call, *, place: int) -> tuple[Tensor, Tensor]:
+        """With those of earlier forwards of this generation."""
+        if call.cache is None:
+            return keys, values
+        return kept(call.cache, num_layers=call.features.num_layers)[place + 2 * self.index].update(keys, values)
