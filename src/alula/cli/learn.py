@@ -24,6 +24,7 @@ def learn(
         str | None, typer.Option(help="Where a new pool's experts sit: names with commas. Default: all of the decoder.")
     ] = None,
     router: Annotated[str | None, typer.Option(help="How a new pool's experts are chosen; see `alula list`. Default: analytic.")] = None,
+    method: Annotated[str, typer.Option(help="routed: one expert per task; wings: learners beside attention.")] = "routed",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=200. May be repeated.")] = None,
 ) -> None:
@@ -35,6 +36,7 @@ def learn(
     from alula.cli.arguments import quoted, task_choice
     from alula.cli.screen import notes, progress, results
     from alula.config import check_train, parse_settings
+    from alula.errors import UserError
 
     settings = check_train({"save_every": 20} | parse_settings(set_ or []))
     choice = task_choice(task, test_path=test, scoring=scoring, train_size=train_size, test_size=test_size)
@@ -42,17 +44,17 @@ def learn(
     from alula.running.run import load_choice
 
     with progress() as bar:
-        about = learn_task(
-            model,
-            pool,
-            load_choice(choice),
-            settings=settings,
-            rank=rank,
-            linears=linears.split(",") if linears else None,
-            router=router,
-            dtype=dtype,
-            progress=bar,
-        )
+        if method == "wings":
+            from alula.running.learn_wings import learn_wings
+
+            about = learn_wings(model, pool, load_choice(choice), settings=settings, options={"rank": rank}, dtype=dtype, progress=bar)
+        elif method == "routed":
+            places = linears.split(",") if linears else None
+            about = learn_task(
+                model, pool, load_choice(choice), settings=settings, rank=rank, linears=places, router=router, dtype=dtype, progress=bar
+            )
+        else:
+            raise UserError(f"Method '{method}' came; a pool is taught by routed or wings. For other methods write a recipe: `alula run`.")
     if about["after"] is not None:
         scores = f"{about['before']:.3f} before, {about['after']:.3f} after"
         results.print(f"{choice.name}: {scores} ({about['metric'].replace('_', ' ')}, n = {about['test_samples']})", soft_wrap=True)

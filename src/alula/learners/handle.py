@@ -119,6 +119,20 @@ class Learners:
                 )
             tensor.copy_(tensors[name])
 
+    @torch.no_grad()
+    def exchange(self, values: Mapping[str, Tensor]) -> None:
+        """Puts other parameters of the model (a connector trained with the learners) in place until `detach`."""
+        known = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        before = {name: known[name].detach().clone() for name in values}
+
+        def put(found: Mapping[str, Tensor]) -> None:
+            with torch.no_grad():
+                for name, value in found.items():
+                    known[name].copy_(value)
+
+        put(values)
+        self._undo.append(lambda: put(before))
+
     def detach(self) -> nn.Module:
         """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`."""
         for undo in self._undo:

@@ -20,6 +20,7 @@ from alula.evaluation.evaluate import evaluate_task
 from alula.evaluation.scores import score_task
 from alula.experts.lora import check_name
 from alula.files import write_jsonl
+from alula.learners import Learners
 from alula.methods import Arm
 from alula.methods.routed import Routed
 from alula.mixture import Mixtures, attach
@@ -35,12 +36,13 @@ BEFORE, AFTER = "before.jsonl", "predictions.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A base model with a pool's experts on it."""
+    """A base model with a pool's experts, or its learners, on it."""
 
     model: Any
     processor: Any
     mixtures: Mixtures
     pool: Pool
+    learners: Learners | None = None
 
 
 def open_pool(folder: Path | str, *, model_name: str | None = None, dtype: str = "auto", device: str | None = None) -> Opened:
@@ -51,7 +53,8 @@ def open_pool(folder: Path | str, *, model_name: str | None = None, dtype: str =
     """
     pool = Pool.open(folder)
     model, processor = load_model(model_name or pool.base, dtype=dtype, device=device)
-    return Opened(model=model, processor=processor, mixtures=pool.attach(model), pool=pool)
+    mixtures = pool.attach(model)
+    return Opened(model=model, processor=processor, mixtures=mixtures, pool=pool, learners=pool.attach_learners(model))
 
 
 def learn_task(
@@ -85,16 +88,16 @@ def learn_task(
     settings, folder = settings or TrainSettings(), Path(pool_folder)
     pool = Pool.open(folder) if (folder / MANIFEST).exists() else None
     _check_new(task.name, pool, folder, linears=linears, layers=layers, router=router)
-    base = _absolute(model_name or (pool.base if pool else EMBEDDED))
+    base = absolute(model_name or (pool.base if pool else EMBEDDED))
     model, processor = load_model(base, dtype=dtype)
     mixtures = pool.attach(model) if pool else attach(model, linears=linears, layers=layers)
     arm, collator = pool.arm if pool else router or "analytic", Collator(processor)
     method = Routed(model, settings=settings, rank=rank, arms=(arm,), mixtures=mixtures)
-    before, first = _score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None)
+    before, first = score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None)
     work, identity = folder / "learning" / task.name, f"{base}, rank {rank}, {linears}, {layers}, {arm}"
     trainer = Trainer(model, method, collator, settings=settings, folder=work, progress=progress, identity=identity)
     (learnt,) = list(trainer.learn(Stream(tasks=(task,))))
-    after, last = _score(model, collator, task, settings.seed, method.arms()[0])
+    after, last = score(model, collator, task, settings.seed, method.arms()[0])
     scores = {"before": before, "after": after, "test_samples": len(task.test), "metric": task.scoring}
     about = {"samples": len(task.train), "steps": settings.steps, **scores, "cost": learnt.cost.row(), "seed": settings.seed}
     pool = pool or Pool.create(folder, mixtures, base=base, linears=linears, layers=layers, arm=arm)
@@ -120,12 +123,13 @@ def _check_new(name: str, pool: Pool | None, folder: Path, *, linears: object, l
             raise UserError(f"{what} is {given!r}, but the pool {folder} was made with {kept[what]!r}. Leave it out, or start a new pool.")
 
 
-def _absolute(model_name: str) -> str:
+def absolute(model_name: str) -> str:
     """A folder by its whole path, so that the pool works from every working directory; other names as they are."""
     return str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
 
 
-def _score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None) -> tuple[float | None, list]:
+def score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None) -> tuple[float | None, list]:
+    """The model's score on a task's test split, and the predictions behind it; None and none without test samples."""
     if not task.test:
         return None, []
     arm = arm or Arm(name="default", enter=_as_it_is)

@@ -1,0 +1,60 @@
+"""Learners as a folder, in and out. It knows the file format, not the pool."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from alula.errors import UserError
+from alula.files import read_json, read_tensors, write_json, write_tensors
+from alula.learners import LearnerConfig, Learners, attach_learners
+
+CONFIG, TENSORS, TRAINED = "learners.json", "learners.safetensors", "trained.safetensors"
+"""How they sit in the model, their tensors, and what else was trained with them (connector, backbone)."""
+
+
+def write_learners(learners: Learners, folder: Path | str, *, trained: Mapping[str, Tensor] | None = None) -> tuple[str, ...]:
+    """Writes the learners of a model.
+
+    Args:
+        trained: other parameters that were trained with them, by their path in the model that carries the learners.
+
+    Returns:
+        the names of the files.
+    """
+    folder = Path(folder)
+    write_tensors(folder / TENSORS, learners.tensors())
+    extra = {name: tensor.detach() for name, tensor in (trained or {}).items()}
+    if extra:
+        write_tensors(folder / TRAINED, extra)
+    write_json(folder / CONFIG, learners.config.model_dump(mode="json"))
+    return (CONFIG, TENSORS, *((TRAINED,) if extra else ()))
+
+
+def read_learners(model: nn.Module, folder: Path | str) -> Learners:
+    """Attaches the learners in a folder to the base model they were made for.
+
+    What was trained with them is put in place, too, and `Learners.detach` takes it out again.
+
+    Raises:
+        UserError: no learners there, damaged files, or another base model.
+    """
+    folder = Path(folder)
+    learners = attach_learners(model, config=LearnerConfig.model_validate(read_json(folder / CONFIG)))
+    learners.load(read_tensors(folder / TENSORS))
+    if (folder / TRAINED).exists():
+        learners.exchange(_fitting(model, read_tensors(folder / TRAINED), folder))
+    return learners
+
+
+def _fitting(model: nn.Module, found: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    known: dict[str, Any] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in found.items():
+        shape = tuple(known[name].shape) if name in known else "none"
+        if shape != tuple(tensor.shape):
+            raise UserError(
+                f"{folder / TRAINED} holds '{name}' of shape {tuple(tensor.shape)}, the model has {shape}. "
+                "Load the base model they were made for."
+            )
+    return {name: tensor.to(known[name].dtype) for name, tensor in found.items()}
