@@ -79,11 +79,9 @@ class LoRRA(nn.Module):
             mask: True where a token may see a feature, for cases that `causal` and the bias do not cover.
         """
         queries = rotate(self._heads(hidden + self.q(hidden)))
-        ones = queries.new_ones(*queries.shape[:-1], BIAS_COLUMNS)
-        wide = functional.pad(values, (0, BIAS_COLUMNS))
-        out = functional.scaled_dot_product_attention(
-            torch.cat([queries, ones], dim=-1), keys, wide, attn_mask=mask, is_causal=causal, scale=self.head_dim**-0.5
-        )
+        queries = functional.pad(queries, (0, BIAS_COLUMNS), value=1.0)
+        wide = functional.pad(values, (0, BIAS_COLUMNS))  # kernels want equal widths
+        out = functional.scaled_dot_product_attention(queries, keys, wide, attn_mask=mask, is_causal=causal, scale=self.head_dim**-0.5)
         joined = out[..., : self.head_dim].transpose(1, 2).flatten(2)[..., : self.dim]
         return self.o(joined)
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Cache
 
 from alula.errors import UserError
 from alula.experts.lorra import LoRRA, Rotate
 from alula.learners import columns
-from alula.learners.features import IMAGE, KEYWORD, TEXT, Features, kept
+from alula.learners.features import IMAGE, KEYWORD, TEXT, Features, image_ends, kept
 from alula.routers.learner import LearnerRouter
 
 MODALITIES = ("image", "text")
@@ -41,6 +42,8 @@ class AttentionMixture(nn.Module):
         strict_text: rows without an image are left bit for bit as the host has them.
         reference: the arithmetic of the official code: both outputs are added twice, and a text feature's place among the
             features counts as its position, so the textual learner sees some of the future.
+        causal_images: a token sees only images that ended before it, or with it. The paper has no such rule; without it an
+            answer given before an image is trained with a view of that image.
         text_start: so many first text tokens of a row (the system prompt) are no features.
 
     Source: Zhang et al. 2024, "Wings", equation 5 (arXiv 2406.03496).
@@ -56,12 +59,14 @@ class AttentionMixture(nn.Module):
         joins_late: bool,
         strict_text: bool,
         reference: bool,
+        causal_images: bool,
         text_start: int,
     ) -> None:
         super().__init__()
         self.host, self.index, self.router = host, index, router
         self.learners = nn.ModuleDict(learners)
-        self.joins_late, self.strict_text, self.reference, self.text_start = joins_late, strict_text, reference, text_start
+        self.joins_late, self.strict_text, self.reference = joins_late, strict_text, reference
+        self.causal_images, self.text_start = causal_images, text_start
         self.late: Call | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,16 +136,16 @@ class AttentionMixture(nn.Module):
             active.append(torch.ones_like(active[0]))
         chosen = torch.stack(active, dim=-1)
         weights = self.router(hidden, call.sums, active=chosen) if features.is_routed else chosen.float()
-        total = torch.zeros_like(hidden)
-        for index, part in enumerate(said):
-            if part is not None:
-                total = total + torch.where(active[index].unsqueeze(-1), weights[..., index : index + 1].to(part.dtype) * part, 0.0)
+        parts = [weights[..., index : index + 1].to(part.dtype) * part for index, part in enumerate(said) if part is not None]
+        total = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(hidden)
         return 2 * total if self.reference else total
 
     def _present(self, features: Features, marks: Float[Tensor, "batch keys 2"], *, tokens: int) -> dict[str, Tensor]:
         """Per token, whether there is a feature that it may see."""
         text = marks[..., TEXT].cumsum(dim=1)[:, -tokens:] > self.text_start
-        if features.documents is None:
+        if self.causal_images:
+            image = (image_ends(marks).cumsum(dim=1) > 0)[:, -tokens:]
+        elif features.documents is None:
             image = marks[..., IMAGE].any(dim=1, keepdim=True).expand(text.shape)
         else:
             image = (features.same_document() & (marks[..., IMAGE] > 0)[:, None, :]).any(dim=-1)
@@ -150,7 +155,7 @@ class AttentionMixture(nn.Module):
         if rotary is None:
             return lambda heads: heads
         apply = sys.modules[type(self._attention()).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-        return lambda heads: apply(heads, heads, *rotary)[0]
+        return lambda heads: apply(heads, heads[:, :1], *rotary)[0]  # it turns queries and keys, here one key head for nothing
 
     def _attention(self) -> nn.Module:
         """The host without what may be wrapped around it."""
@@ -212,11 +217,27 @@ class AttentionMixture(nn.Module):
                 else tuple(turn.expand(*turn.shape[:-3], len(order), *turn.shape[-2:])[..., rows, order, :] for turn in call.rotary)
             )
             keys, values = learner.keys_values(layer0[rows, order], valid=valid, rotate=self._rotate(rotary))
-            if features.documents is not None:
-                own = features.same_document().gather(2, order[:, None, :].expand(-1, hidden.shape[1], -1))
-                mask = (own | ~own.any(dim=-1, keepdim=True)).unsqueeze(1)  # a token without any key is taken out later
+            mask = self._image_mask(features, order)
             keys, values = self._cached(keys, values, call, place=2)
+            if mask is not None:
+                mask = functional.pad(mask, (keys.shape[2] - mask.shape[-1], 0), value=True)  # earlier images of the cache
+                mask = mask | ~mask.any(dim=-1, keepdim=True)  # a token without any key is taken out by its weight
         return learner(hidden, keys, values, rotate=self._rotate(call.rotary), mask=mask)
+
+    def _image_mask(self, features: Features, order: Tensor) -> Tensor | None:
+        """Which of this forward's image tokens a token may see: those of its document, those that ended before it."""
+        tokens = features.marks.shape[1]
+        mask = features.marks.new_ones(len(order), tokens, order.shape[1], dtype=torch.bool)
+        if features.documents is None and not self.causal_images:
+            return None
+        if features.documents is not None:
+            mask = mask & features.same_document().gather(2, order[:, None, :].expand(-1, tokens, -1))
+        if self.causal_images:
+            begun = image_ends(features.marks).cumsum(dim=1)
+            # an image token that is no end has as many images before it as when it is not over
+            over = begun.gather(1, order) + (~image_ends(features.marks)).gather(1, order).long()
+            mask = mask & (begun[:, :, None] >= over[:, None, :])
+        return mask.unsqueeze(1)
 
     def _cached(self, keys: Tensor, values: Tensor, call: Call, *, place: int) -> tuple[Tensor, Tensor]:
         """With those of earlier forwards of this generation."""

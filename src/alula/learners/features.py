@@ -100,6 +100,12 @@ def kept(cache: Cache, *, num_layers: int) -> Sequence[Any]:
     return cache.layers[num_layers:]
 
 
+def image_ends(marks: Float[Tensor, "batch keys 2"]) -> Bool[Tensor, "batch keys"]:
+    """True at the last token of each image; images without a token between them count as one."""
+    image = marks[..., IMAGE] > 0
+    return image & ~functional.pad(image[:, 1:], (0, 1))
+
+
 def documents_of(position_ids: Tensor | None, valid: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"] | None:
     """Which packed document each token belongs to, told by positions that start anew; None where there is one per row."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != valid.shape[1]:

@@ -39,6 +39,8 @@ class LearnerConfig(BaseModel):
     """Decoder layers by index; None is all."""
     reference: bool = False
     """The arithmetic of the official code (see `AttentionMixture`)."""
+    causal_images: bool = False
+    """A token sees only images that ended before it: for conversations in which later turns bring images."""
     text_start: int = Field(0, ge=0)
     """So many first text tokens of a row are no features: the system prompt; 14 in the official code for Qwen, 17 for Llama."""
 
@@ -238,6 +240,7 @@ def attach_learners(model: nn.Module, *, config: LearnerConfig | None = None, **
             joins_late=hasattr(layer, "pre_feedforward_layernorm"),
             strict_text=config.strict_text,
             reference=config.reference,
+            causal_images=config.causal_images,
             text_start=config.text_start,
         ).train(model.training)
     for path, mixture in sites.items():
