@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alula.errors import UserError
     from alula.evaluation.evaluate import evaluate_task
     from alula.evaluation.matrix import ScoreMatrix
+    from alula.learners import Learners, attach_learners
     from alula.methods import METHODS, Method
     from alula.mixture import Mixtures, attach, observe
     from alula.models import anatomy, load_model, load_processor
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Collator": "data.collate",
+    "Learners": "learners",
     "METHODS": "methods",
     "Message": "data.sample",
     "Method": "methods",
@@ -45,6 +47,7 @@ _HOMES = {
     "UserError": "errors",
     "anatomy": "models.anatomy",
     "attach": "mixture",
+    "attach_learners": "learners",
     "build_report": "report",
     "evaluate_task": "evaluation.evaluate",
     "generate": "running.learn",

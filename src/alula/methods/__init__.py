@@ -8,4 +8,18 @@ from alula.methods.prefix import Prefix
 from alula.methods.routed import Routed, Specialist
 from alula.methods.wings import Wings
 
-__all__ = ["METHODS", "Align", "Arm", "Finetune", "FinetuneFull", "Joint", "JointFull", "Method", "Prefix", "Routed", "Specialist", "Stage", "Wings"]
+__all__ = [
+    "METHODS",
+    "Align",
+    "Arm",
+    "Finetune",
+    "FinetuneFull",
+    "Joint",
+    "JointFull",
+    "Method",
+    "Prefix",
+    "Routed",
+    "Specialist",
+    "Stage",
+    "Wings",
+]

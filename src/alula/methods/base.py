@@ -2,9 +2,9 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -42,12 +42,26 @@ class Stage:
         steps: optimizer steps; of a forward-only stage at most this many batches and at most one epoch.
         learning_rate: peak rate (above 0); unused by a forward-only stage.
         gradient: False: the data goes through the model once, `observe` sees each batch, nothing is optimized.
+        rates: peak rates of parts of the model, by the path of a module or parameter; what lies in none of them trains at
+            `learning_rate`. Of paths inside each other the innermost counts.
     """
 
     name: str
     steps: int
     learning_rate: float
     gradient: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def rate_of(self, path: str) -> float:
+        """The peak rate of the parameter at `path`.
+
+        Example:
+            >>> stage = Stage(name="train", steps=9, learning_rate=2e-6, rates={"model.connector": 1e-5})
+            >>> stage.rate_of("model.connector.weight"), stage.rate_of("model.connector_norm.weight")
+            (1e-05, 2e-06)
+        """
+        holding = [root for root in self.rates if f"{path}.".startswith(f"{root}.")]
+        return self.rates[max(holding, key=len)] if holding else self.learning_rate
 
 
 class Method(ABC):

@@ -137,8 +137,10 @@ def optimizer_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter])
 
 
 def load_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: Tensors) -> None:
-    """Gives `optimizer`, made over `parameters` in this order, the state that `optimizer_tensors` took."""
-    places = {name: place for place, name in enumerate(parameters)}
+    """Gives `optimizer`, made over `parameters` in any order and groups, the state that `optimizer_tensors` took."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {names[id(parameter)]: place for place, parameter in enumerate(ordered)}
     state: dict[int, Tensors] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")

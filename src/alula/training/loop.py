@@ -149,7 +149,9 @@ class Trainer:
         """The optimizer steps of one stage from `start` on."""
         settings, parameters = self.settings, self._trainable(task, stage)
         set_modes(self.model)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=stage.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(_rate_groups(parameters, stage), weight_decay=settings.weight_decay)
+        for group in optimizer.param_groups if stage.rates else ():
+            self._say("  %s of them at peak rate %g", f"{sum(parameter.numel() for parameter in group['params']):,}", group["peak"])
         if moments:
             load_optimizer(optimizer, parameters, moments)
         data = self._data(task, stage)
@@ -157,11 +159,11 @@ class Trainer:
         with progress_row(self._progress, f"{task.name}, {stage.name}", start=start.step, steps=stage.steps) as advance:
             for step, batch in enumerate(loader, start.step):
                 torch.manual_seed(seed_of(settings.seed, task.name, stage.name, step, self.accelerator.process_index))
-                rate = stage.learning_rate * settings.rate_factor(step, steps=stage.steps)
+                factor = settings.rate_factor(step, steps=stage.steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = group["peak"] * factor
                 where: dict[str, str | int] = {"task": task.name, "stage": stage.name, "step": step}
-                row = where | self._step(batch, parameters, optimizer, where=where) | {"learning_rate": rate}
+                row = where | self._step(batch, parameters, optimizer, where=where) | {"learning_rate": stage.learning_rate * factor}
                 self._count(steps=1, samples_seen=len(data.indices(step)), optimizer_targets=row["targets"])
                 if step % settings.log_every == 0 or step + 1 == stage.steps:
                     self.log.append(row)
@@ -287,3 +289,11 @@ class Trainer:
     def _say(self, message: str, *values: object) -> None:
         if self.accelerator.is_main_process:
             logger.info(message, *values)
+
+
+def _rate_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
+    """One group of the optimizer per peak rate of `stage`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(stage.rate_of(name), []).append(parameter)
+    return [{"params": members, "lr": rate, "peak": rate} for rate, members in groups.items()]
