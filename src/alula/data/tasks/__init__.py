@@ -12,6 +12,7 @@ from alula.data.tasks import (  # noqa: F401 - imported for what they register
     easy_vqa,
     emoji,
     flags,
+    iit,
     maps,
     prose,
     scenes,
