@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> None:
-    """Runs one verb and exits: 0, 1 if a cell of a run crashed, 2 for what a user can correct, 130 after Ctrl-C."""
+    """Runs one verb and exits: 0; 1 if a cell crashed or the gate found a loss; 2 for what a user can correct; 130 after Ctrl-C."""
     # spinning OpenMP threads make small models several times slower on a busy machine; users may say otherwise
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

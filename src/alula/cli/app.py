@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from alula.cli import align, evaluate, generate, learn, listing, report, run
+from alula.cli import align, compare, diagnose, evaluate, gate, generate, learn, listing, report, run
 from alula.cli.screen import notes
 from alula.errors import UserError
 
@@ -50,6 +50,9 @@ app.command("learn")(learn.learn)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("gate")(gate.gate)
+app.command("diagnose")(diagnose.diagnose)
 app.command("list")(listing.listing)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("align")(align.align)

@@ -36,13 +36,19 @@ BEFORE, AFTER = "before.jsonl", "predictions.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A base model with a pool's experts, or its learners, on it."""
+    """A base model with a pool's experts, or its learners, on it; without a pool the model as it is."""
 
     model: Any
     processor: Any
-    mixtures: Mixtures
-    pool: Pool
+    mixtures: Mixtures | None
+    pool: Pool | None
     learners: Learners | None = None
+
+
+def open_model(model_name: str, *, dtype: str = "auto", device: str | None = None) -> Opened:
+    """A model without a pool."""
+    model, processor = load_model(model_name, dtype=dtype, device=device)
+    return Opened(model=model, processor=processor, mixtures=None, pool=None)
 
 
 def open_pool(folder: Path | str, *, model_name: str | None = None, dtype: str = "auto", device: str | None = None) -> Opened:
@@ -171,7 +177,7 @@ def generate(opened: Opened, question: str, *, images: tuple[Path, ...] = (), ma
     seconds = time.perf_counter() - started
     new = out[0, prompt["input_ids"].shape[1] :]
     text = collator.tokenizer.decode(new, skip_special_tokens=True).strip()
-    if not mixtures.names:
+    if mixtures is None or not mixtures.names:
         return Reply(text=text, shares={BASE: 1.0}, tokens=[], seconds=seconds)
     task = Task(name="question", train=[], test=[])
     arm = Arm(name="pool", enter=_as_it_is, around=mixtures.director.on_prompts)
@@ -188,7 +194,7 @@ def generate(opened: Opened, question: str, *, images: tuple[Path, ...] = (), ma
 def score_pool(
     opened: Opened, tasks: list[Task], *, out: Path, limit: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """Scores the pool on tasks and keeps every prediction in `out`."""
+    """Scores the pool (or the model) on tasks and keeps every prediction in `out`."""
     collator, rows = Collator(opened.processor), []
     for task in tasks:
         found = evaluate_task(
@@ -197,7 +203,7 @@ def score_pool(
             task,
             batch_size=16,
             limit=limit,
-            around=opened.mixtures.director.on_prompts,
+            around=opened.mixtures.director.on_prompts if opened.mixtures else None,
             progress=_follow(progress, task, limit=limit),
         )
         write_jsonl(out / f"{task.name}.jsonl", [prediction.as_row() for prediction in found])
