@@ -49,7 +49,7 @@ def carry_columns(model: nn.Module, *, decoder: str) -> Callable[[], None]:
     if text.config._attn_implementation != name:
         raise UserError(
             f"{type(text).__name__} does not let its attention be exchanged, so attention weights cannot be summed. "
-            "Use router='hidden' or router='none'."
+            "For learners use router='hidden' or router='none'; a diagnosis of attention needs another model class."
         )
     return lambda: text.set_attn_implementation(before)
 
@@ -104,6 +104,7 @@ def fit(columns: Float[Tensor, "batch keys columns"], value: Float[Tensor, "batc
     A sliding window keeps the last keys only, a static cache has room for more.
     """
     batch, heads, cached, _ = value.shape
+    assert columns.shape[-1] <= WIDTH, f"{columns.shape[-1]} columns came, {WIDTH} fit"
     found = columns[:, -cached:]
     padded = functional.pad(found, (0, WIDTH - found.shape[-1], 0, cached - found.shape[1]))
     return padded.to(value.dtype).unsqueeze(1).expand(batch, heads, cached, WIDTH)

@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 
 from alula.files import write_text
+from alula.report.attention_shift import attention_view
 from alula.report.changes import change_view, lost_answers
 from alula.report.definitions import METRICS, OTHER_METRICS, TERMS
 from alula.report.format import show_time
@@ -16,6 +17,7 @@ from alula.report.sections import (
     cost_view,
     link_to,
     matrix_views,
+    measure_view,
     stage_charts,
     summary_rows,
 )
@@ -74,6 +76,7 @@ def report_view(run: Run, page: Path) -> View:
         "terms": TERMS,
         "summary": rows,
         "axis": axis,
+        "every": measure_view(series),
         "charts": stage_charts(series, colours),
         "legend": [{"name": one.name, "colour": colours[one.name]} for one in series],
         "matrices": matrix_views(series, colours, page),
@@ -82,6 +85,7 @@ def report_view(run: Run, page: Path) -> View:
         "cost": cost_view(run, by_method),
         "routing": routing_views(series, experts),
         "diagnosis": diagnosis_rows(series),
+        "attention": attention_view(run.cells),
         "examples": example_views(run.cells, experts),
         "experts": [{"name": name, "colour": colour} for name, colour in experts.items()],
         "cells": [
@@ -107,6 +111,7 @@ def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
         ("Base tasks", ", ".join(member.matrix.base_tasks) if member else ""),
         ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
         ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in run.cells}))),
+        ("Other orders", "; ".join(" → ".join(cell.tasks) for cell in {cell.order: cell for cell in run.cells if cell.order}.values())),
         ("Cells", ", ".join(f"{count} {state}" for state, count in cells.items() if count)),
         ("Test samples", f"{samples} a row of the matrix" if samples else ""),
         ("Steps a task", " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if steps else ""),
