@@ -9,10 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
+import run_folder
 from alula.errors import UserError
-from alula.files import read_jsonl, write_jsonl, write_text
+from alula.evaluation.measures import MEASURES
+from alula.files import read_jsonl, write_json, write_jsonl, write_text
 from alula.report import build_report, summary
 from alula.report.figures import round_ticks
 from alula.report.format import show, show_amount, show_bytes, show_time
@@ -149,6 +152,103 @@ def test_the_verdict_calls_nothing_better_that_noise_could_explain(run: Path, ht
     assert interval is not None and interval.low <= gap <= interval.high
     judged = re.search(r"The reference joint \(all tasks at once\) is [^:]*: ([a-z ]+)\.", text)
     assert judged and judged[1] == ("more than noise" if interval.excludes(0) else "noise could explain it")
+
+
+def test_every_measure_is_in_the_report_with_its_definition(html: str) -> None:
+    text = Page(html).text
+    for one in MEASURES.values():
+        assert text.count(one.label) >= 2 or one.over == "base_ranked", one.name  # no base task of this run ranks options
+        assert one.meaning in text and one.formula in text and one.source in text, one.name
+    assert "Against joint: the series joint; specialist: the series routed:oracle." in text
+
+
+def test_gaps_are_paired_differences_of_average_scores(run: Path) -> None:
+    by_name = {series.name: series for series in series_of(read_run(run))}
+    for name, reference in (("gap_to_joint", "joint"), ("gap_to_specialist", "routed:oracle")):
+        for other in set(by_name) - {reference}:
+            gap, interval = difference(by_name[reference], by_name[other])
+            assert by_name[other].spread(name).mean == pytest.approx(gap)
+            found = by_name[other].interval(name)
+            assert found is not None and interval is not None and found.low <= gap <= found.high
+            assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+        own = next(row["metrics"][name] for row in summary(run) if row["series"] == reference)
+        assert own["mean"] is None and own["low"] is None  # nothing is held against itself
+
+
+def test_a_method_called_specialist_is_the_specialist(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for seed in (0, 1):
+        shutil.copytree(copy / "cells" / f"rehearsal-seed{seed}", copy / "cells" / f"specialist-seed{seed}")
+    found = {row["series"]: row["metrics"] for row in summary(copy)}
+    assert found["rehearsal"]["gap_to_specialist"]["mean"] == found["rehearsal"]["gap_to_specialist"]["low"] == 0
+    assert found["routed:oracle"]["gap_to_specialist"]["mean"] < 0
+
+
+def test_joint_training_is_known_by_what_it_did_not_by_its_name(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for seed in (0, 1):
+        (copy / "cells" / f"joint-seed{seed}").rename(copy / "cells" / f"full_at_once-seed{seed}")
+    before, after = ({row["series"]: row for row in summary(folder)} for folder in (run, copy))
+    assert after["full_at_once"]["is_reference"]
+    assert after["finetune"]["metrics"]["gap_to_joint"] == before["finetune"]["metrics"]["gap_to_joint"]
+    assert "The reference full_at_once (all tasks at once)" in Page(build_report(copy).read_text(encoding="utf-8")).text
+
+
+@pytest.fixture(scope="module")
+def two_orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of finetune in two orders, and of joint in one."""
+    folder = write_run(tmp_path_factory.mktemp("orders") / "run", with_failures=False)
+    for path in folder.glob("cells/r*"):
+        shutil.rmtree(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "TASKS", TASKS[::-1])
+        for seed in (0, 1):
+            cell = folder / "cells" / f"finetune-seed{seed}-order1"
+            run_folder.write_cell(cell, "finetune", seed, ("default",))
+            write_json(cell / "order.json", {"tasks": list(TASKS[::-1])})
+    return folder
+
+
+def test_the_spread_is_over_seeds_and_orders(two_orders: Path) -> None:
+    found = {row["series"]: row for row in summary(two_orders)}
+    assert (found["finetune"]["seeds"], found["finetune"]["orders"], found["joint"]["orders"]) == ([0, 1], [0, 1], [0])
+    scores, transfers = [], []
+    for seed in (0, 1):
+        for suffix, order in (("", TASKS), ("-order1", TASKS[::-1])):
+            rows = rows_of(two_orders, f"finetune-seed{seed}{suffix}")
+            score = {(row, task): rows[row, "default", task]["score"] for row, arm, task in rows if arm == "default"}
+            scores.append(100 * np.mean([score[4, task] for task in TASKS]))
+            transfers.append(100 * np.mean([score[4, task] - score[i + 1, task] for i, task in enumerate(order[:3])]))
+    for name, values in (("average_score", scores), ("backward_transfer", transfers)):
+        metric = found["finetune"]["metrics"][name]
+        assert (metric["cells"], metric["seeds"], metric["orders"]) == (4, 2, 2)
+        assert metric["mean"] == pytest.approx(np.mean(values)) and metric["sd"] == pytest.approx(np.std(values, ddof=1))
+        assert (metric["min"], metric["max"]) == (pytest.approx(min(values)), pytest.approx(max(values)))
+        assert metric["low"] <= metric["mean"] <= metric["high"]
+
+
+def test_orders_are_named_in_the_report(two_orders: Path) -> None:
+    text = Page(build_report(two_orders).read_text(encoding="utf-8")).text
+    for words in ("4 cells: 2 seeds, 2 orders", " → ".join(TASKS[::-1]), "seed 1, order 1", "2 with another task order not in this mean"):
+        assert words in text, words
+    assert "does not fit" not in text and "things that do not fit together" not in text
+
+
+def test_a_reference_without_that_order_is_compared_by_seed(two_orders: Path) -> None:
+    by_name = {series.name: series for series in series_of(read_run(two_orders))}
+    joint = {member.cell.seed: member for member in by_name["joint"].members}
+    for member in by_name["finetune"].members:
+        gap = joint[member.cell.seed].summaries["average_score"] - member.summaries["average_score"]
+        assert member.summaries["gap_to_joint"] == pytest.approx(gap)
+
+
+def test_an_order_that_the_scores_deny_is_reported(two_orders: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(two_orders, tmp_path / "run")
+    write_json(copy / "cells" / "finetune-seed0-order1" / "order.json", {"tasks": [TASKS[3], *TASKS[:3]]})
+    write_text(copy / "cells" / "finetune-seed1-order1" / "order.json", '{"tasks": [')
+    text = Page(build_report(copy).read_text(encoding="utf-8")).text
+    assert "finetune-seed0-order1: charts was not learnt where its order names it (shapes, animals, digits, charts)." in text
+    assert "order.json" in text and "not valid JSON" in text
 
 
 def test_routing_and_examples_are_in_the_report(html: str) -> None:

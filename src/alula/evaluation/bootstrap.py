@@ -1,7 +1,7 @@
-"""How far a number could move with other test samples, and how far it moved between seeds. numpy only.
+"""How far a number could move with other test samples, and how far it moved between seeds and orders. numpy only.
 
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval). Samples are drawn again
-within each task, and the same draw serves every row, series and seed of that task: differences are paired.
+within each task, and the same draw serves every row, series and cell of that task: differences are paired.
 """
 
 import zlib
@@ -32,7 +32,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """One number over several seeds. `sd` is the sample standard deviation, NaN for a single seed."""
+    """One number over several cells (seeds, task orders). `sd` is the sample standard deviation, NaN for a single cell."""
 
     mean: float
     min: float
@@ -112,7 +112,7 @@ def resample_rows(tasks: Sequence[TaskSamples], *, resamples: int = 1000, seed: 
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, extremes and standard deviation over seeds; what is NaN in one seed is NaN in all."""
+    """Mean, extremes and standard deviation over cells; what is NaN in one cell is NaN in all."""
     found = np.asarray(values, dtype=float)
     if not len(found):
         nothing = float("nan")

@@ -1,119 +1,15 @@
-"""The score matrix and the numbers that sum it up. numpy only: a report reads it where torch is not installed.
-
-The functions take `rows` (row i = after i tasks, row 0 = base model; a column for each task, then for each base task) with
-any axes before it, so that a thousand resampled matrices cost one call. `columns` are the 0-based columns that count:
-task j of the papers, learnt in row j, is column j - 1. What was not measured is NaN, and so is what needs it.
+"""The score matrix: every row, what its columns are, and every measure of it. numpy only: a report reads it where torch is
+not installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
 
-Rows = Float[np.ndarray, "*resamples rows tasks"]
-Columns = Int[np.ndarray, " columns"]
-Values = Float[np.ndarray, "*resamples"]
-
-
-def _mean(values: Float[np.ndarray, "*resamples columns"]) -> Values:
-    return values.mean(-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
-
-
-def _learnt(rows: Rows, columns: Columns) -> Float[np.ndarray, "*resamples columns"]:
-    """The diagonal: R[j, j], the score on a task right after it was learnt."""
-    return rows[..., columns + 1, columns]
-
-
-def _earlier(rows: Rows, columns: Columns) -> Columns:
-    """The tasks before the last, j < T."""
-    return columns[columns < rows.shape[-2] - 2]
-
-
-def average_score(rows: Rows, columns: Columns) -> Values:
-    """Mean of the last row over the tasks seen: mean_j R[T, j].
-
-    Source: GEM (Lopez-Paz & Ranzato 2017, arXiv 1706.08840), ACC. Also called Last, MFN.
-    """
-    return _mean(rows[..., -1, :][..., columns])
-
-
-def average_over_stages(rows: Rows, columns: Columns) -> Values:
-    """Mean over t of the average score after t tasks: mean_t mean_{j <= t} R[t, j].
-
-    Source: average incremental accuracy, iCaRL (Rebuffi et al. 2017, arXiv 1611.07725). Also called Avg, MAA.
-    Difference: every row counts, the first one too.
-    """
-    stages = [(row, columns[columns < row]) for row in range(1, rows.shape[-2])]
-    means = [_mean(rows[..., row, :][..., seen]) for row, seen in stages if len(seen)]
-    return _mean(np.stack(means, axis=-1)) if means else np.full(rows.shape[:-2], np.nan)
-
-
-def learning_accuracy(rows: Rows, columns: Columns) -> Values:
-    """Mean of the diagonal: mean_j R[j, j], how well a task is learnt when it comes.
-
-    Source: Riemer et al. 2019, arXiv 1810.11910 (LA). Also called MFT.
-    """
-    return _mean(_learnt(rows, columns))
-
-
-def backward_transfer(rows: Rows, columns: Columns) -> Values:
-    """Mean over j < T of R[T, j] - R[j, j]. Negative = worse than right after learning; positive = later tasks helped.
-
-    Source: GEM (arXiv 1706.08840), BWT.
-    """
-    earlier = _earlier(rows, columns)
-    return _mean(rows[..., -1, :][..., earlier] - _learnt(rows, earlier))
-
-
-def forward_transfer(rows: Rows, columns: Columns) -> Values:
-    """Mean over j > 1 of R[j-1, j] - R[0, j]. Positive = earlier tasks helped with one not yet learnt.
-
-    Source: GEM (arXiv 1706.08840), FWT. Difference: GEM subtracts a randomly initialised model, ours the base model.
-    """
-    later = columns[(columns > 0) & (columns < rows.shape[-2] - 1)]
-    return _mean(rows[..., later, later] - rows[..., 0, :][..., later])
-
-
-def forgetting(rows: Rows, columns: Columns) -> Values:
-    """Mean over j < T of max_{1 <= l < T} R[l, j] - R[T, j]. Positive = worse than the best so far; may be negative.
-
-    Source: Chaudhry et al. 2018 (arXiv 1801.10112), equation 3: the base model's row and the last row are not in the
-    maximum. Difference: rows in which a task was not measured are left out of its maximum.
-    A maximum over noisy rows is biased upwards: with few samples forgetting is above -BWT by chance alone.
-    """
-    earlier = _earlier(rows, columns)
-    if not len(earlier):
-        return np.full(rows.shape[:-2], np.nan)
-    best = np.fmax.reduce(rows[..., 1:-1, :][..., earlier], axis=-2)
-    return _mean(best - rows[..., -1, :][..., earlier])
-
-
-def base_forgetting(rows: Rows, columns: Columns) -> Values:
-    """Mean over base tasks of R[0, b] - R[T, b]. Positive = the base model could do it better.
-
-    Source: ours; linguistic forgetting in Srivastava et al. 2025 (arXiv 2410.19925), with one base row for all stages.
-    """
-    return _mean(rows[..., 0, :][..., columns] - rows[..., -1, :][..., columns])
-
-
-def base_bits_increase(rows: Rows, columns: Columns) -> Values:
-    """Mean over base tasks in bits per byte of R[T, b] - R[0, b]. Positive = prose costs more bits: forgotten.
-
-    Source: ours. Bits are never averaged with scores of 0 to 1.
-    """
-    return -base_forgetting(rows, columns)
-
-
-OVER_TASKS: dict[str, Callable[[Rows, Columns], Values]] = {
-    "average_score": average_score,
-    "average_over_stages": average_over_stages,
-    "learning_accuracy": learning_accuracy,
-    "backward_transfer": backward_transfer,
-    "forward_transfer": forward_transfer,
-    "forgetting": forgetting,
-}
+from alula.evaluation.measures import MEASURES, Columns, Measure, Reference, Rows, Values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,6 +22,7 @@ class ScoreMatrix:
         rows: scores from 0 to 1, or bits per byte for `bits_tasks`; NaN where nothing was measured.
         counts: samples behind each column.
         bits_tasks: names of the columns in bits per byte, lower is better. They are kept out of every mean of scores.
+        ranked_tasks: names of the columns where the model ranks given options (understanding); elsewhere it writes.
 
     Example:
         >>> matrix = ScoreMatrix(
@@ -140,6 +37,7 @@ class ScoreMatrix:
     rows: Float[np.ndarray, "rows tasks"]
     counts: Int[np.ndarray, " tasks"]
     bits_tasks: frozenset[str] = frozenset()
+    ranked_tasks: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         wide = len(self.tasks) + len(self.base_tasks)
@@ -167,18 +65,36 @@ class ScoreMatrix:
         learnt = range(min(self.num_learnt, len(self.tasks)))
         return np.array([column for column in learnt if self.tasks[column] not in self.bits_tasks], dtype=int)
 
-    def _base(self, *, in_bits: bool) -> Columns:
-        first = len(self.tasks)
-        wanted = [name in self.bits_tasks for name in self.base_tasks]
-        return np.array([first + i for i, is_bits in enumerate(wanted) if is_bits == in_bits], dtype=int)
+    def columns(self, over: str) -> Columns:
+        """The columns that a measure over `over` counts, a key of `measures.OVER`."""
+        if not over.startswith("base"):
+            latest = self.num_learnt - 1
+            return self.seen[{"earlier": self.seen < latest, "later": self.seen > 0}.get(over, slice(None))]
+        kinds = ["bits" if name in self.bits_tasks else "ranked" if name in self.ranked_tasks else "generated" for name in self.base_tasks]
+        wanted = {"base": ("ranked", "generated")}.get(over, (over.removeprefix("base_"),))
+        return np.array([len(self.tasks) + i for i, kind in enumerate(kinds) if kind in wanted], dtype=int)
 
-    def summarise(self, rows: Rows | None = None) -> dict[str, Values]:
-        """Every summary by name, of these rows or of resampled ones with the same columns."""
+    def summarise(self, rows: Rows | None = None, *, references: Mapping[str, Reference] | None = None) -> dict[str, Values]:
+        """Every measure by name, but that of answers; of these rows or of resampled ones with the same columns.
+
+        Args:
+            references: for ``joint`` and ``specialist`` the last row on the same columns; what needs one that is not here
+                is NaN.
+        """
         values = self.rows if rows is None else rows
-        summaries = {name: summary(values, self.seen) for name, summary in OVER_TASKS.items()}
-        summaries["base_forgetting"] = base_forgetting(values, self._base(in_bits=False))
-        summaries["base_bits_increase"] = base_bits_increase(values, self._base(in_bits=True))
-        return summaries
+        return {name: self._measured(one, values, references or {}) for name, one in MEASURES.items() if one.over != "answers"}
+
+    def _measured(self, measure: Measure, rows: Rows, references: Mapping[str, Reference]) -> Values:
+        columns = self.columns(measure.over)
+        if not measure.against:
+            return measure.function(rows, columns)
+        if measure.against not in references:
+            return np.full(rows.shape[:-2], np.nan)
+        return measure.function(rows, columns, references[measure.against])
+
+    def value(self, name: str, *, references: Mapping[str, Reference] | None = None) -> float:
+        """The measure `name` of this matrix; see `summarise`."""
+        return float(self._measured(MEASURES[name], self.rows, references or {}))
 
     @property
     def last(self) -> Float[np.ndarray, " tasks"]:
@@ -188,39 +104,39 @@ class ScoreMatrix:
     @property
     def average_score(self) -> float:
         """See `average_score`."""
-        return float(average_score(self.rows, self.seen))
+        return self.value("average_score")
 
     @property
     def average_over_stages(self) -> float:
         """See `average_over_stages`."""
-        return float(average_over_stages(self.rows, self.seen))
+        return self.value("average_over_stages")
 
     @property
     def learning_accuracy(self) -> float:
         """See `learning_accuracy`."""
-        return float(learning_accuracy(self.rows, self.seen))
+        return self.value("learning_accuracy")
 
     @property
     def backward_transfer(self) -> float:
         """See `backward_transfer`."""
-        return float(backward_transfer(self.rows, self.seen))
+        return self.value("backward_transfer")
 
     @property
     def forward_transfer(self) -> float:
         """See `forward_transfer`."""
-        return float(forward_transfer(self.rows, self.seen))
+        return self.value("forward_transfer")
 
     @property
     def forgetting(self) -> float:
         """See `forgetting`."""
-        return float(forgetting(self.rows, self.seen))
+        return self.value("forgetting")
 
     @property
     def base_forgetting(self) -> float:
         """See `base_forgetting`."""
-        return float(base_forgetting(self.rows, self._base(in_bits=False)))
+        return self.value("base_forgetting")
 
     @property
     def base_bits_increase(self) -> float:
         """See `base_bits_increase`."""
-        return float(base_bits_increase(self.rows, self._base(in_bits=True)))
+        return self.value("base_bits_increase")

@@ -44,8 +44,11 @@ def _change_cell(series: Series, name: str) -> View:
     if not members or not np.isfinite(starts).all() or (is_joint and name in members[0].matrix.tasks):
         return {"text": UNKNOWN, "kind": "empty"}
     stages = [_first_stage(member, name) for member in members]
-    if all(stage == member.matrix.num_learnt for stage, member in zip(stages, members, strict=True)):
+    earlier = [i for i, member in enumerate(members) if stages[i] < member.matrix.num_learnt]
+    if not earlier:
         return {"text": "learnt last", "kind": "empty"}
+    # where another order has the task last nothing came after it, and nothing could be lost
+    members, stages, starts = [members[i] for i in earlier], [stages[i] for i in earlier], [starts[i] for i in earlier]
     columns = [member.matrix.names.index(name) for member in members]
     samples = [member.samples[column] for member, column in zip(members, columns, strict=True)]
     flips = [(s.values[stage], s.values[-1]) for s, stage in zip(samples, stages, strict=True)]

@@ -13,7 +13,8 @@ from alula.files import read_json, read_jsonl
 
 T = TypeVar("T")
 Row = dict
-CELL_NAME = re.compile(r"^(?P<method>.+)-seed(?P<seed>\d+)(?P<rest>.*)$")
+CELL_NAME = re.compile(r"^(?P<method>.+)-seed(?P<seed>\d+)(?:-order(?P<order>\d+))?(?P<rest>.*)$")
+ORDER = "order.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Cell:
     """One method with one seed in one order: a folder below ``cells/``.
 
     Attributes:
+        order: number of its task order; 0 is the recipe's.
+        tasks: the stream in its order, from ``order.json`` or else the recipe; empty where neither tells.
         state: ``finished``, ``crashed`` or ``unfinished`` (still running, or killed).
         error: what it crashed with; empty otherwise.
         scores: lines of ``scores.jsonl``; `cost`, `routing` and `examples` likewise, empty where the file is missing.
@@ -31,12 +34,19 @@ class Cell:
     seed: int
     folder: Path
     state: str
+    order: int = 0
+    tasks: tuple[str, ...] = ()
     error: str = ""
     scores: tuple[Row, ...] = ()
     cost: tuple[Row, ...] = ()
     routing: tuple[Row, ...] = ()
     examples: tuple[Row, ...] = ()
     done: Row = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """Which of a method's cells it is: ``seed 1``, or ``seed 1, order 2``."""
+        return f"seed {self.seed}" + (f", order {self.order}" if self.order else "")
 
     @property
     def arms(self) -> list[str]:
@@ -84,15 +94,17 @@ def read_run(folder: Path | str) -> Run:
         )
     problems: list[str] = []
     recipe_text = _optional(home / "recipe.yaml", lambda path: path.read_text(encoding="utf-8"), "", problems)
-    recipe: object = _optional(home / "recipe.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), {}, problems)
+    raw: object = _optional(home / "recipe.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), {}, problems)
     versions: object = _optional(home / "versions.json", read_json, {}, problems)
+    recipe = raw if isinstance(raw, dict) else {}
+    usual = _names(recipe.get("tasks"))
     folders = sorted(path for path in (home / "cells").iterdir() if path.is_dir())
     return Run(
         folder=home,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         recipe_text=recipe_text,
         versions=versions if isinstance(versions, dict) else {},
-        cells=tuple(_read_cell(path, problems) for path in folders),
+        cells=tuple(_read_cell(path, problems, usual=usual) for path in folders),
         problems=tuple(problems),
     )
 
@@ -107,10 +119,11 @@ def _optional(path: Path, read: Callable[[Path], T], default: T, problems: list[
         return default
 
 
-def _read_cell(folder: Path, problems: list[str]) -> Cell:
+def _read_cell(folder: Path, problems: list[str], *, usual: tuple[str, ...]) -> Cell:
     parts = CELL_NAME.match(folder.name)
     crash: object = _optional(folder / "crashed.json", read_json, {}, problems)
     done: object = _optional(folder / "done.json", read_json, {}, problems)
+    order: object = _optional(folder / ORDER, read_json, {}, problems)
     marks = {"done.json": "finished", "crashed.json": "crashed"}
     state = next((state for file, state in marks.items() if (folder / file).exists()), "unfinished")
     return Cell(
@@ -119,6 +132,8 @@ def _read_cell(folder: Path, problems: list[str]) -> Cell:
         seed=int(parts["seed"]) if parts else 0,
         folder=folder,
         state=state,
+        order=int(parts["order"] or 0) if parts else 0,
+        tasks=_names(order.get("tasks") if isinstance(order, dict) else None) or usual,
         error=str(crash.get("error", "")) if isinstance(crash, dict) and state == "crashed" else "",
         scores=tuple(_optional(folder / "scores.jsonl", read_jsonl, [], problems)),
         cost=tuple(_optional(folder / "cost.jsonl", read_jsonl, [], problems)),
@@ -126,6 +141,12 @@ def _read_cell(folder: Path, problems: list[str]) -> Cell:
         examples=_rows(_optional(folder / "examples.json", read_json, [], problems)),
         done=done if isinstance(done, dict) else {},
     )
+
+
+def _names(tasks: object) -> tuple[str, ...]:
+    """Task names as a recipe lists them: a string each, or a mapping with a name."""
+    named = [entry.get("name") if isinstance(entry, dict) else entry for entry in (tasks if isinstance(tasks, list) else [])]
+    return tuple(name for name in named if isinstance(name, str))
 
 
 def _rows(value: object) -> tuple[Row, ...]:

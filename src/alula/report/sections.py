@@ -7,11 +7,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from alula.report.definitions import METRICS, Metric
+from alula.evaluation.measures import MEASURES, Measure
+from alula.report.definitions import METRICS, OTHER_METRICS
 from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
 from alula.report.format import UNKNOWN, show, show_amount, show_bytes, show_interval, show_time
 from alula.report.reading import Row, Run
-from alula.report.series import Member, Series
+from alula.report.series import Member, Series, reference_of
 
 View = dict[str, object]
 
@@ -27,7 +28,7 @@ def link_to(path: Path, page: Path) -> str:
 
 
 def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> tuple[list[View], str]:
-    """A row for each series: every metric with spread, interval and sample count, and a bar of the average score.
+    """A row for each series: the main measures with spread, interval and sample count, and a bar of the average score.
 
     The second value is what the axis of the bars spans.
     """
@@ -37,10 +38,10 @@ def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> tuple[lis
     high = np.ceil(10 * max(ends, default=1.0)) / 10
     rows = []
     for one in series:
-        seeds = [member.summaries["average_score"] for member in one.members]
+        each = [member.summaries["average_score"] for member in one.members]
         colour, mean = colours[one.name], one.spread("average_score").mean
         interval = one.interval("average_score")
-        bar = interval_bar(mean, interval=interval, seeds=seeds, low=low, high=high, colour=colour) if np.isfinite(mean) else ""
+        bar = interval_bar(mean, interval=interval, seeds=each, low=low, high=high, colour=colour) if np.isfinite(mean) else ""
         rows.append(
             {
                 "name": one.name,
@@ -48,7 +49,7 @@ def summary_rows(series: Sequence[Series], colours: dict[str, int]) -> tuple[lis
                 "is_reference": one.is_reference,
                 "is_partial": one.is_partial,
                 "stage": max((member.matrix.num_learnt for member in one.members), default=0),
-                "seeds": len(one.members),
+                "counted": one.counted,
                 "cells": [_summary_cell(one, metric) for metric in METRICS],
                 "bar": bar,
             }
@@ -62,20 +63,36 @@ def _ends(series: Series) -> list[float]:
     return values + ([interval.low, interval.high] if interval else [])
 
 
-def _summary_cell(series: Series, metric: Metric) -> View:
+def measure_view(series: Sequence[Series]) -> View:
+    """Every measure of every series, a row each; what no series has is left out."""
+    rows = [(one, [_summary_cell(each, one) for each in series]) for one in (*METRICS, *OTHER_METRICS)]
+    against = {name: reference_of(series, name) for name in dict.fromkeys(one.against for one in MEASURES.values() if one.against)}
+    return {
+        "heads": [one.name for one in series],
+        "lines": [{"measure": one, "cells": cells} for one, cells in rows if any(cell["samples"] for cell in cells)],
+        "against": [(name, reference.name) for name, reference in against.items() if reference is not None],
+    }
+
+
+def _summary_cell(series: Series, metric: Measure) -> View:
     digits = 3 if metric.unit == "bits" else 1
     over, interval = series.spread(metric.name), series.interval(metric.name)
-    is_signed = metric.name in ("backward_transfer", "base_bits_increase")
     samples = series.num_samples(metric.name)
-    extremes = f"seeds from {show(over.min * metric.scale, digits=digits)} to {show(over.max * metric.scale, digits=digits)}"
+    extremes = _extremes("cells" if len(series.orders) > 1 else "seeds", (over.min, over.max), metric.scale, digits)
+    if len(series.orders) > 1:
+        extremes += "; " + _extremes("means of orders", series.by_order(metric.name), metric.scale, digits)
     return {
-        "text": show(over.mean * metric.scale, digits=digits, is_signed=is_signed),
+        "text": show(over.mean * metric.scale, digits=digits, is_signed=metric.is_signed),
         "sd": show(over.sd * metric.scale, digits=digits) if np.isfinite(over.sd) else "",
         "interval": show_interval(interval, scale=metric.scale, digits=digits),
         "samples": samples if np.isfinite(over.mean) else 0,
         "sort": over.mean if np.isfinite(over.mean) else -1e9,
-        "title": f"{metric.meaning} Here: {over.count} seeds, {samples} samples a seed, {extremes}.",
+        "title": f"{metric.meaning} Here: {series.counted}, {samples} samples a cell, {extremes}.",
     }
+
+
+def _extremes(what: str, values: Sequence[float], scale: float, digits: int) -> str:
+    return f"{what} from {show(min(values) * scale, digits=digits)} to {show(max(values) * scale, digits=digits)}" if values else ""
 
 
 def matrix_views(series: Sequence[Series], colours: dict[str, int], page: Path) -> list[View]:
@@ -101,9 +118,7 @@ def _matrix_view(series: Series, colour: int, page: Path) -> View:
         "lines": lines,
         "num_seeds": len(members),
         "other_orders": len(series.members) - len(members),
-        "links": [
-            {"label": f"seed {member.cell.seed}", "href": link_to(member.cell.folder / "predictions", page)} for member in series.members
-        ],
+        "links": [{"label": member.cell.shown, "href": link_to(member.cell.folder / "predictions", page)} for member in series.members],
     }
 
 
@@ -141,23 +156,29 @@ def stage_charts(series: Sequence[Series], colours: dict[str, int]) -> list[View
     if not whole:
         return []
     tasks = whole[0].members[0].matrix.tasks
+    several = any(len(one.orders) > 1 for one in whole)
+    labels = [str(stage) for stage in range(1, len(tasks) + 1)] if several else tasks
+    note = "points, by number of tasks" if several else "points, after each task"
     charts: list[View] = []
     for title, is_base in (("Average score on the tasks seen", False), ("Average score on base tasks", True)):
         lines = [
             Line(label=one.name, colour=colours[one.name], points=_stage_points(one, is_base), is_dashed=one.is_reference) for one in whole
         ]
-        drawn = line_chart(lines, x_labels=["base", *tasks], unit=lambda value: show(value, digits=0), description=title)
-        charts.append({"title": title, "note": "points, after each task", "svg": drawn})
+        drawn = line_chart(lines, x_labels=["base", *labels], unit=lambda value: show(value, digits=0), description=title)
+        charts.append({"title": title, "note": note, "svg": drawn})
     return [chart for chart in charts if chart["svg"]]
 
 
 def _stage_points(series: Series, is_base: bool) -> tuple[tuple[float, float], ...]:
-    matrix, rows = series.members[0].matrix, series.mean_rows()
+    matrices = [member.matrix for member in series.members if len(member.matrix.rows) == len(series.members[0].matrix.rows)]
     points = []
-    for stage in range(0 if is_base else 1, len(rows)):
-        names = matrix.base_tasks if is_base else matrix.tasks[:stage]
-        columns = [matrix.names.index(name) for name in names if name not in matrix.bits_tasks]
-        value = float(rows[stage, columns].mean()) if columns else float("nan")
+    for stage in range(0 if is_base else 1, len(matrices[0].rows)):
+        values = []
+        for matrix in matrices:
+            names = matrix.base_tasks if is_base else matrix.tasks[:stage]
+            columns = [matrix.names.index(name) for name in names if name not in matrix.bits_tasks]
+            values.append(float(matrix.rows[stage, columns].mean()) if columns else float("nan"))
+        value = float(np.mean(values))
         if np.isfinite(value):
             points.append((float(stage), 100 * value))
     return tuple(points)

@@ -1,6 +1,7 @@
-"""What the run folder adds up to: a score matrix for each cell and arm, summaries over seeds, their intervals."""
+"""What the run folder adds up to: a score matrix for each cell and arm, measures over seeds and orders, their intervals."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from alula.evaluation.bootstrap import Interval, Spread, TaskSamples, percentile_interval, resample_rows, spread
 from alula.evaluation.matrix import ScoreMatrix
-from alula.report.definitions import METRICS, OTHER_METRICS, Metric
-from alula.report.reading import Cell, Run, read_run
+from alula.evaluation.measures import MEASURES
+from alula.report.reading import Cell, Run
 
 REFERENCES = ("joint", "oracle")
 
@@ -23,6 +24,7 @@ class Member:
         samples: what each test sample scored, for every column; without values where predictions are missing.
         sources: for each (row, task) the cell and the arm whose predictions are behind the score.
         unparsed: for each (row, task) the number of answers whose form could not be read.
+        references: for each series that measures are held against, its cells to compare this one with.
     """
 
     cell: Cell
@@ -32,6 +34,7 @@ class Member:
     sources: dict[tuple[int, str], Path]
     unparsed: dict[tuple[int, str], int]
     problems: tuple[str, ...] = ()
+    references: dict[str, tuple["Member", ...]] = field(default_factory=dict)
 
     @property
     def is_single_stage(self) -> bool:
@@ -39,24 +42,51 @@ class Member:
         return self.matrix.num_learnt > 1 and not np.isfinite(self.matrix.rows[1:-1]).any()
 
     @cached_property
+    def resampled_rows(self) -> np.ndarray:
+        """A thousand resampled matrices [resamples, rows, columns]."""
+        return resample_rows(self.samples)
+
+    @cached_property
     def resampled(self) -> dict[str, np.ndarray]:
-        """Every summary of a thousand resampled matrices."""
-        return self.matrix.summarise(resample_rows(self.samples)) | {"unparsed_share": np.array([])}
+        """Every measure of a thousand resampled matrices; of answers, which are not resampled, an empty array."""
+        found = {name: np.array([]) for name in MEASURES}
+        return found | self.matrix.summarise(self.resampled_rows, references=self._references(is_resampled=True))
 
     @cached_property
     def summaries(self) -> dict[str, float]:
-        """Every summary of the matrix, and the share of unparsed answers on the tasks seen."""
-        found = {name: float(value) for name, value in self.matrix.summarise().items()}
-        seen = [self.matrix.tasks[column] for column in self.matrix.seen]
-        answers = sum(int(self.matrix.counts[column]) for column in self.matrix.seen)
-        unread = [self.unparsed.get((self.matrix.num_learnt, name)) for name in seen]
-        known = answers > 0 and None not in unread
-        return found | {"unparsed_share": sum(number or 0 for number in unread) / answers if known else float("nan")}
+        """Every measure of the matrix and of its answers."""
+        values = self.matrix.summarise(references=self._references(is_resampled=False)) | self._of_answers()
+        return {name: float(value) for name, value in values.items()}
+
+    def _of_answers(self) -> dict[str, np.ndarray]:
+        unread = np.array([self.unparsed.get((self.matrix.num_learnt, name), np.nan) for name in self.matrix.names])
+        found = {}
+        for name, one in MEASURES.items():
+            if one.over == "answers":
+                columns = self.matrix.columns(one.over)
+                found[name] = one.function(unread[columns], self.matrix.counts[columns])
+        return found
+
+    def _references(self, *, is_resampled: bool) -> dict[str, np.ndarray]:
+        """For each reference its last row on this cell's columns, mean over the reference's cells."""
+        return {
+            name: np.mean([member.last_on(self.matrix, is_resampled=is_resampled) for member in members], axis=0)
+            for name, members in self.references.items()
+        }
+
+    def last_on(self, matrix: ScoreMatrix, *, is_resampled: bool) -> np.ndarray:
+        """The last row, or a thousand resampled ones, on the columns of `matrix`; NaN where the samples are not the same."""
+        own = self.resampled_rows if is_resampled else self.matrix.rows
+        found = np.full((*own.shape[:-2], len(matrix.names)), np.nan)
+        for column, name in enumerate(matrix.names):
+            if name in self.matrix.names and self.matrix.counts[self.matrix.names.index(name)] == matrix.counts[column]:
+                found[..., column] = own[..., -1, self.matrix.names.index(name)]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Series:
-    """A method and an arm over all its seeds. What counts are its finished cells; without one, those there are."""
+    """A method and an arm over all its seeds and orders. What counts are its finished cells; without one, those there are."""
 
     method: str
     arm: str
@@ -71,39 +101,57 @@ class Series:
     @property
     def is_reference(self) -> bool:
         """True for what no continual learner may do: see all tasks at once, or be told the task."""
-        return self.method in REFERENCES or self.arm in REFERENCES
+        return self.is_joint or self.arm in REFERENCES
+
+    @property
+    def is_joint(self) -> bool:
+        """True for training on all tasks at once, whatever the method is called."""
+        return self.method in REFERENCES or (bool(self.members) and all(member.is_single_stage for member in self.members))
 
     @property
     def is_partial(self) -> bool:
         """True where no cell has finished: the last row is not the end of the stream."""
         return bool(self.members) and all(member.cell.state != "finished" for member in self.members)
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that count."""
+        return sorted({member.cell.seed for member in self.members})
+
+    @property
+    def orders(self) -> list[int]:
+        """The task orders that count."""
+        return sorted({member.cell.order for member in self.members})
+
+    @property
+    def counted(self) -> str:
+        """What a spread is over, in words: ``3 seeds``, or ``6 cells: 3 seeds, 2 orders``."""
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}"
+        return seeds if len(self.orders) < 2 else f"{len(self.members)} cells: {seeds}, {len(self.orders)} orders"
+
     def spread(self, metric: str) -> Spread:
-        """A summary over seeds."""
+        """A measure over cells: seeds and orders."""
         return spread([member.summaries[metric] for member in self.members])
 
+    def by_order(self, metric: str) -> list[float]:
+        """The mean over seeds of a measure, for each order."""
+        return [float(np.mean([m.summaries[metric] for m in self.members if m.cell.order == order])) for order in self.orders]
+
     def resampled(self, metric: str) -> np.ndarray:
-        """The mean over seeds of a summary, for each resample; empty where predictions are missing."""
+        """The mean over cells of a measure, for each resample; empty where predictions are missing."""
         draws = [member.resampled[metric] for member in self.members]
         return np.mean(draws, axis=0) if draws and all(len(draw) for draw in draws) else np.array([])
 
     def interval(self, metric: str) -> Interval | None:
-        """The bootstrap interval of the mean over seeds."""
+        """The bootstrap interval of the mean over cells."""
         return percentile_interval(self.resampled(metric))
 
     def num_samples(self, metric: str) -> int:
-        """Test samples behind a summary, in one seed."""
+        """Test samples behind a measure, in one cell."""
         if not self.members:
             return 0
         matrix = self.members[0].matrix
-        base = metric.startswith("base_")
-        names = matrix.base_tasks if base else tuple(matrix.tasks[column] for column in matrix.seen)
-        wanted = [name for name in names if (name in matrix.bits_tasks) == (metric == "base_bits_increase")]
-        if metric in ("backward_transfer", "forgetting"):
-            wanted = wanted[:-1]
-        elif metric == "forward_transfer":
-            wanted = wanted[1:]
-        return sum(int(matrix.counts[matrix.names.index(name)]) for name in wanted)
+        return int(matrix.counts[matrix.columns(MEASURES[metric].over)].sum())
 
     def alike(self) -> list[Member]:
         """The members whose tasks came in the order of the first one: their matrices can be averaged."""
@@ -130,7 +178,34 @@ def series_of(run: Run) -> list[Series]:
         finished = [cell for cell in cells if cell.state == "finished"]
         members = tuple(read_member(cell, arm, base=base) for cell in finished or cells)
         found.append(Series(method=method, arm=arm, members=members, cells=tuple(cells)))
-    return sorted(found, key=lambda series: -np.nan_to_num(series.spread("average_score").mean, nan=-1.0))
+    held = [with_references(series, found) for series in found]
+    return sorted(held, key=lambda series: -np.nan_to_num(series.spread("average_score").mean, nan=-1.0))
+
+
+def reference_of(series: Sequence[Series], name: str) -> Series | None:
+    """The finished series that ``joint`` or ``specialist`` measures are held against; None where there is none.
+
+    Where no method has that name it is the only series that is trained on all tasks at once, or that is told the task (arm
+    ``oracle``: the same experts as the specialist's).
+    """
+    whole = [one for one in series if one.members and not one.is_partial]
+    named = [one for one in whole if one.method == name]
+    alike = [one for one in whole if (one.is_joint if name == "joint" else one.arm == "oracle")]
+    return named[0] if named else alike[0] if len(alike) == 1 else None
+
+
+def with_references(series: Series, every: Sequence[Series]) -> Series:
+    """`series` held against the references among `every`, but never against itself."""
+    found = {name: reference_of(every, name) for name in dict.fromkeys(one.against for one in MEASURES.values() if one.against)}
+    others = {name: one.members for name, one in found.items() if one is not None and one is not series}
+    members = [replace(m, references={name: _beside(m.cell, cells) for name, cells in others.items()}) for m in series.members]
+    return replace(series, members=tuple(members))
+
+
+def _beside(cell: Cell, others: tuple[Member, ...]) -> tuple[Member, ...]:
+    """The cells with the same seed and order; where there are none those with the same seed, else all."""
+    seed = tuple(one for one in others if one.cell.seed == cell.seed)
+    return tuple(one for one in seed if one.cell.order == cell.order) or seed or others
 
 
 def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
@@ -153,8 +228,10 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
     for (stage, name), (row, _) in scores.items():
         rows[stage, columns[name]] = row["score"]
         counts[columns[name]] = row["num_samples"]
-    bits = frozenset(name for (_, name), (row, _) in scores.items() if row.get("metric") == "bits_per_byte")
-    matrix = ScoreMatrix(tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits)
+    bits, ranked = (
+        frozenset(name for (_, name), (row, _) in scores.items() if row.get("metric") == scoring) for scoring in ("bits_per_byte", "ranked")
+    )
+    matrix = ScoreMatrix(tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits, ranked_tasks=ranked)
     samples, problems = _read_samples(matrix, scores)
     return Member(
         cell=cell,
@@ -163,14 +240,22 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
         samples=samples,
         sources={key: donor.predictions_path(row["row"], row["arm"], key[1]) for key, (row, donor) in scores.items()},
         unparsed={key: row.get("unparsed", 0) for key, (row, _) in scores.items()},
-        problems=tuple(problems),
+        problems=(*_disorder(cell), *problems),
     )
+
+
+def _disorder(cell: Cell) -> list[str]:
+    """A sentence where the rows were not learnt in the order that the folder names."""
+    learnt = {row["row"]: row["after"] for row in cell.scores if row["row"] > 0 and row.get("after") in cell.tasks}
+    wrong = [name for row, name in sorted(learnt.items()) if cell.tasks[row - 1 : row] != (name,)]
+    return [f"{cell.name}: {wrong[0]} was not learnt where its order names it ({', '.join(cell.tasks)})."] if wrong else []
 
 
 def _order(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Tasks in the order of learning, those still to come after them; and base tasks."""
     base = tuple(dict.fromkeys(row["task"] for row in cell.scores if row["is_base"]))
-    named = dict.fromkeys(row["task"] for row in cell.scores if not row["is_base"])
+    scored = dict.fromkeys(row["task"] for row in cell.scores if not row["is_base"])
+    named = dict.fromkeys([*(name for name in cell.tasks if name in scored), *scored])
     learnt = {row["row"]: row["after"] for row in cell.scores if row["row"] > 0 and row.get("after") in named}
     others = iter([name for name in named if name not in learnt.values()])
     placed = [learnt[row] if row in learnt else next(others, "") for row in range(1, max(len(named), *learnt, 0) + 1)]
@@ -199,49 +284,3 @@ def _read_samples(matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict,
                 problems.append(f"{cell.name}, row {stage}, {name}: score {row['score']:.4f}, predictions give {mean:.4f}.")
         columns.append(TaskSamples(name=name, values=values, weights=weights))
     return tuple(columns), problems
-
-
-def summarise_metric(series: Series, metric: Metric) -> dict[str, float | int | str | None]:
-    """One cell of the summary table, in the unit of `metric`; what is not known is None."""
-    over_seeds, interval, scale = series.spread(metric.name), series.interval(metric.name), metric.scale
-
-    def shown(value: float | None) -> float | None:
-        return None if value is None or not np.isfinite(value) else value * scale
-
-    return {
-        "unit": metric.unit,
-        "mean": shown(over_seeds.mean),
-        "sd": shown(over_seeds.sd),
-        "min": shown(over_seeds.min),
-        "max": shown(over_seeds.max),
-        "low": shown(interval.low) if interval else None,
-        "high": shown(interval.high) if interval else None,
-        "samples": series.num_samples(metric.name),
-        "seeds": over_seeds.count,
-    }
-
-
-def summarise_series(series: Series) -> dict[str, object]:
-    """One row of the summary table."""
-    return {
-        "series": series.name,
-        "method": series.method,
-        "arm": series.arm,
-        "seeds": [member.cell.seed for member in series.members],
-        "states": {cell.name: cell.state for cell in series.cells},
-        "is_partial": series.is_partial,
-        "is_reference": series.is_reference,
-        "tasks_learnt": max((member.matrix.num_learnt for member in series.members), default=0),
-        "metrics": {metric.name: summarise_metric(series, metric) for metric in (*METRICS, *OTHER_METRICS)},
-    }
-
-
-def summary(run_folder: Path | str) -> list[dict[str, object]]:
-    """One row for each series of a finished or running run, best average score first: what the CLI prints.
-
-    Values are in `unit` (points, bits, %); `low` and `high` are the 95 % bootstrap interval, `sd` is over seeds.
-
-    Raises:
-        UserError: `run_folder` is not a run folder.
-    """
-    return [summarise_series(series) for series in series_of(read_run(run_folder))]

@@ -48,7 +48,7 @@ def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: S
     if ours:
         seeds = seed_noise(whole)
         sentences += [_best(ours, seeds), *_against(ours, seeds), *_kept(ours[0]), *_references(ours[0], whole, seeds)]
-        sentences += _noise(noise_level(whole), seeds)
+        sentences += _noise(noise_level(whole), seeds, "seeds and orders" if any(len(one.orders) > 1 for one in whole) else "seeds")
     else:
         sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
     if failed:
@@ -69,7 +69,7 @@ def _is_noise(gap: float, interval: Interval | None, seeds: float) -> bool:
 
 def _best(ours: Sequence[Series], seeds: float) -> Markup:
     best, over = ours[0], ours[0].spread("average_score")
-    count = f"{over.count} seeds" if over.count > 1 else "one seed"
+    count = best.counted if over.count > 1 else "one seed"
     said = Markup("After {} tasks <b>{}</b> has the highest average score of the methods: <b>{}</b> ({}, n = {}).").format(
         best.members[0].matrix.num_learnt, best.name, _points(over.mean, best.interval("average_score"), is_signed=False),
         count, best.num_samples("average_score"),
@@ -122,16 +122,16 @@ def _references(best: Series, whole: Sequence[Series], seeds: float) -> list[Mar
     said = []
     for reference in (one for one in whole if one.is_reference):
         gap, interval = difference(reference, best)
-        what = "all tasks at once" if reference.method == "joint" else "told which task it is"
+        what = "all tasks at once" if reference.is_joint else "told which task it is"
         judged = "noise could explain it" if _is_noise(gap, interval, seeds) else "more than noise"
         said.append(Markup("The reference <b>{}</b> ({}) is {} away: {}.").format(reference.name, what, _points(gap, interval), judged))
     return said
 
 
-def _noise(noise: float | None, seeds: float) -> list[Markup]:
+def _noise(noise: float | None, seeds: float, cells: str) -> list[Markup]:
     if noise is None:
         return []
-    reason = "seeds" if seeds == noise else "test samples, for a typical pair of series"
+    reason = cells if seeds == noise else "test samples, for a typical pair of series"
     single = "" if seeds else " One seed only: another start could change more than that."
     said = Markup("<b>Differences under {} points are noise here</b> (from the {}, 95 %).{}")
     return [said.format(show(100 * noise), reason, single)]
