@@ -221,3 +221,19 @@ def test_measures_of_many_matrices_equal_those_of_each():
     for index, rows in enumerate(many):
         alone = matrix(rows).summarise(references={"joint": references[index], "specialist": references[index]})
         assert all(together[name][index] == pytest.approx(float(alone[name])) for name in alone)
+
+
+def test_a_probe_is_in_the_matrix_and_in_no_measure():
+    whole = matrix()
+    probed = ScoreMatrix(
+        tasks=whole.tasks,
+        base_tasks=("ranked", "written", "probe", "prose"),
+        rows=np.insert(whole.rows, 5, 0.123, axis=1),
+        counts=np.full(7, 100),
+        bits_tasks=whole.bits_tasks,
+        ranked_tasks=frozenset({"ranked", "probe"}),
+        probe_tasks=frozenset({"probe"}),
+    )
+    assert "probe" in probed.names
+    for name, value in whole.summarise().items():
+        np.testing.assert_array_equal(probed.summarise()[name], value)

@@ -16,6 +16,7 @@ class Task:
     Attributes:
         scoring: ``exact_match`` of a greedy answer, ``ranked`` likelihood of the options, or ``bits_per_byte`` of prose.
         is_base: what the base model could do before the stream: evaluated, never trained.
+        is_probe: a base task that no mean over base tasks counts, because it mixes skills (IIT).
         max_new_tokens: tokens; the longest answer that is generated.
         num_merged: how many tasks were put together into this one; it is trained for as many steps as they all.
     """
@@ -25,6 +26,7 @@ class Task:
     test: Sequence[Sample]
     scoring: str = "exact_match"
     is_base: bool = False
+    is_probe: bool = False
     max_new_tokens: int = 12
     description: str = ""
     num_merged: int = 1

@@ -23,6 +23,7 @@ class ScoreMatrix:
         counts: samples behind each column.
         bits_tasks: names of the columns in bits per byte, lower is better. They are kept out of every mean of scores.
         ranked_tasks: names of the columns where the model ranks given options (understanding); elsewhere it writes.
+        probe_tasks: names of base tasks that no measure counts (`Task.is_probe`).
 
     Example:
         >>> matrix = ScoreMatrix(
@@ -38,6 +39,7 @@ class ScoreMatrix:
     counts: Int[np.ndarray, " tasks"]
     bits_tasks: frozenset[str] = frozenset()
     ranked_tasks: frozenset[str] = frozenset()
+    probe_tasks: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         wide = len(self.tasks) + len(self.base_tasks)
@@ -70,9 +72,15 @@ class ScoreMatrix:
         if not over.startswith("base"):
             latest = self.num_learnt - 1
             return self.seen[{"earlier": self.seen < latest, "later": self.seen > 0}.get(over, slice(None))]
-        kinds = ["bits" if name in self.bits_tasks else "ranked" if name in self.ranked_tasks else "generated" for name in self.base_tasks]
+        kinds = [self._kind(name) for name in self.base_tasks]
         wanted = {"base": ("ranked", "generated")}.get(over, (over.removeprefix("base_"),))
         return np.array([len(self.tasks) + i for i, kind in enumerate(kinds) if kind in wanted], dtype=int)
+
+    def _kind(self, name: str) -> str:
+        """What a base task measures."""
+        if name in self.probe_tasks:
+            return "probe"
+        return "bits" if name in self.bits_tasks else "ranked" if name in self.ranked_tasks else "generated"
 
     def summarise(self, rows: Rows | None = None, *, references: Mapping[str, Reference] | None = None) -> dict[str, Values]:
         """Every measure by name, but that of answers; of these rows or of resampled ones with the same columns.

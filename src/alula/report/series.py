@@ -231,7 +231,10 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
     bits, ranked = (
         frozenset(name for (_, name), (row, _) in scores.items() if row.get("metric") == scoring) for scoring in ("bits_per_byte", "ranked")
     )
-    matrix = ScoreMatrix(tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits, ranked_tasks=ranked)
+    probes = frozenset(name for (_, name), (row, _) in scores.items() if row.get("is_probe"))
+    matrix = ScoreMatrix(
+        tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits, ranked_tasks=ranked, probe_tasks=probes
+    )
     samples, problems = _read_samples(matrix, scores)
     return Member(
         cell=cell,

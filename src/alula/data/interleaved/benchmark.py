@@ -89,6 +89,7 @@ def iit_task(setting: str, asked: Sequence[Asked], similar: Sequence[Sequence[Sa
         test=test,
         scoring="ranked" if setting.endswith("T") else "exact_match",
         is_base=True,
+        is_probe=True,
         max_new_tokens=max((task.max_new_tokens for task, _ in asked), default=12),
         description=f"{ends} after {count} related text turns",
     )

@@ -37,6 +37,7 @@ def build(*, name: str, train_size: int | None, test_size: int | None, seed: int
         test=task.test,
         scoring=task.scoring,
         is_base=True,
+        is_probe=True,
         max_new_tokens=task.max_new_tokens,
         description=str(INFO[name]),
     )
