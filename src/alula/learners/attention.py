@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
@@ -13,7 +13,7 @@ from transformers import Cache
 from alula.errors import UserError
 from alula.experts.lorra import LoRRA, Rotate
 from alula.learners import columns
-from alula.learners.features import IMAGE, KEYWORD, TEXT, Features, image_ends, kept
+from alula.learners.features import KEYWORD, TEXT, Features, image_ends, kept
 from alula.routers.learner import LearnerRouter
 
 MODALITIES = ("image", "text")
@@ -39,6 +39,7 @@ class AttentionMixture(nn.Module):
         router: weights over them; a lone learner under a router without "neither" has weight 1.
         joins_late: the host's output is normalised before it joins the residual stream (Gemma 3), so the learners are
             added by a hook on that norm.
+        factor: what the layer multiplies the host's output with when it joins (Granite).
         strict_text: rows without an image are left bit for bit as the host has them.
         reference: the arithmetic of the official code: both outputs are added twice, and a text feature's place among the
             features counts as its position, so the textual learner sees some of the future.
@@ -57,6 +58,7 @@ class AttentionMixture(nn.Module):
         learners: dict[str, LoRRA],
         router: LearnerRouter,
         joins_late: bool,
+        factor: float,
         strict_text: bool,
         reference: bool,
         causal_images: bool,
@@ -65,7 +67,7 @@ class AttentionMixture(nn.Module):
         super().__init__()
         self.host, self.index, self.router = host, index, router
         self.learners = nn.ModuleDict(learners)
-        self.joins_late, self.strict_text, self.reference = joins_late, strict_text, reference
+        self.joins_late, self.factor, self.strict_text, self.reference = joins_late, factor, strict_text, reference
         self.causal_images, self.text_start = causal_images, text_start
         self.late: Call | None = None
 
@@ -86,7 +88,7 @@ class AttentionMixture(nn.Module):
             self._keep(features, kwargs, cache)
             self.late = None
             return self.host(*args, **kwargs)
-        wanted = self.router.columns(marks) if features.is_routed else None
+        wanted = self.router.columns(marks, features.up_to(marks.sum(dim=-1)) - 1) if features.is_routed else None
         if wanted is not None:
             kwargs |= {columns.KEYWORD: wanted, columns.APART: self.strict_text and not features.memo.all_image}
         out = self.host(*args, **kwargs)
@@ -94,8 +96,8 @@ class AttentionMixture(nn.Module):
         if self.joins_late:
             self.late = call
             return out
-        joined = features.memo.residual[self.index] + out[0]
-        return (self._add(out[0], self.added(joined, call), marks), *out[1:])
+        joined = features.memo.residual[self.index] + self.factor * out[0]
+        return (self._add(out[0], self.added(joined, call) / self.factor, call), *out[1:])
 
     def join(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         """The hook on the norm behind the attention, where the host's output joins the residual stream late."""
@@ -103,14 +105,13 @@ class AttentionMixture(nn.Module):
         if call is None:
             return out
         joined = call.features.memo.residual[self.index] + out
-        return self._add(out, self.added(joined, call), call.features.all_marks(call.cache))
+        return self._add(out, self.added(joined, call), call)
 
-    def _add(self, out: Tensor, added: Tensor, marks: Tensor) -> Tensor:
+    def _add(self, out: Tensor, added: Tensor, call: Call) -> Tensor:
         added = added.to(out.dtype)
         if not self.strict_text:
             return out + added
-        has_image = marks[..., IMAGE].any(dim=1)[:, None, None]
-        return torch.where(has_image, out + added, out)
+        return torch.where(call.features.with_image(call.cache).unsqueeze(-1), out + added, out)
 
     def _speaking(self, features: Features) -> list[str]:
         return [name for name in MODALITIES if name in self.learners and name in features.modalities]
@@ -122,7 +123,7 @@ class AttentionMixture(nn.Module):
     def added(self, hidden: Float[Tensor, "batch tokens dim"], call: Call) -> Float[Tensor, "batch tokens dim"]:
         """The routed sum of what the learners say to `hidden`."""
         features, marks = call.features, call.features.all_marks(call.cache)
-        present = self._present(features, marks, tokens=hidden.shape[1])
+        present = self._present(call, marks, tokens=hidden.shape[1])
         said, active = [], []
         for name in MODALITIES:
             if name not in self.learners:
@@ -140,16 +141,21 @@ class AttentionMixture(nn.Module):
         total = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(hidden)
         return 2 * total if self.reference else total
 
-    def _present(self, features: Features, marks: Float[Tensor, "batch keys 2"], *, tokens: int) -> dict[str, Tensor]:
+    def _present(self, call: Call, marks: Float[Tensor, "batch keys 2"], *, tokens: int) -> dict[str, Tensor]:
         """Per token, whether there is a feature that it may see."""
-        text = marks[..., TEXT].cumsum(dim=1)[:, -tokens:] > self.text_start
+        features, image = call.features, call.features.with_image(call.cache)
+        is_feature = self._text_counts(features, marks) > 0
+        text = is_feature[:, -tokens:]
+        if self.reference:
+            is_feature = is_feature & (marks[..., TEXT] > 0)
+            text = (self._text_mask(features, marks, tokens=tokens)[:, 0] & is_feature[:, None, :]).any(dim=-1)
         if self.causal_images:
-            image = (image_ends(marks).cumsum(dim=1) > 0)[:, -tokens:]
-        elif features.documents is None:
-            image = marks[..., IMAGE].any(dim=1, keepdim=True).expand(text.shape)
-        else:
-            image = (features.same_document() & (marks[..., IMAGE] > 0)[:, None, :]).any(dim=-1)
+            image = features.up_to(image_ends(marks, documents=features.documents))[:, -tokens:] > 0
         return {"text": text, "image": image}
+
+    def _text_counts(self, features: Features, marks: Float[Tensor, "batch keys 2"]) -> Int[Tensor, "batch keys"]:
+        """How many text features there are up to each token; not positive in the system prompt."""
+        return features.up_to(marks[..., TEXT]) - self.text_start
 
     def _rotate(self, rotary: tuple[Tensor, ...] | None) -> Rotate:
         if rotary is None:
@@ -175,8 +181,7 @@ class AttentionMixture(nn.Module):
         assert isinstance(learner, LoRRA) and features.memo.layer0 is not None
         valid = features.marks[..., TEXT] > 0
         if self.text_start:
-            seen = features.all_marks(call.cache)[..., TEXT].cumsum(dim=1)[:, -valid.shape[1] :]
-            valid = valid & (seen > self.text_start)
+            valid = valid & (self._text_counts(features, features.all_marks(call.cache))[:, -valid.shape[1] :] > 0)
         keys, values = learner.keys_values(features.memo.layer0, valid=valid, rotate=self._rotate(call.rotary))
         return self._cached(keys, values, call, place=1)
 
@@ -191,10 +196,10 @@ class AttentionMixture(nn.Module):
     def _text_mask(self, features: Features, marks: Tensor, *, tokens: int) -> Tensor:
         """Causal by true position, within a document; in the official arithmetic by place among the features."""
         place = torch.arange(marks.shape[1], device=marks.device).expand(marks.shape[:2])
-        query = place[:, -tokens:]
+        query = place
         if self.reference:
-            place = marks[..., TEXT].cumsum(dim=1).long() - 1 - self.text_start
-        mask = place[:, None, :] <= query[:, :, None]
+            place, query = self._text_counts(features, marks) - 1, features.up_to(marks.sum(dim=-1)) - 1
+        mask = place[:, None, :] <= query[:, -tokens:, None]
         if features.documents is not None:
             mask = mask & features.same_document()
         return mask.unsqueeze(1)
@@ -233,9 +238,10 @@ class AttentionMixture(nn.Module):
         if features.documents is not None:
             mask = mask & features.same_document().gather(2, order[:, None, :].expand(-1, tokens, -1))
         if self.causal_images:
-            begun = image_ends(features.marks).cumsum(dim=1)
+            ends = image_ends(features.marks, documents=features.documents)
+            begun = ends.cumsum(dim=1)
             # an image token that is no end has as many images before it as when it is not over
-            over = begun.gather(1, order) + (~image_ends(features.marks)).gather(1, order).long()
+            over = begun.gather(1, order) + (~ends).gather(1, order).long()
             mask = mask & (begun[:, :, None] >= over[:, None, :])
         return mask.unsqueeze(1)
 
@@ -244,3 +250,10 @@ class AttentionMixture(nn.Module):
         if call.cache is None:
             return keys, values
         return kept(call.cache, num_layers=call.features.num_layers)[place + 2 * self.index].update(keys, values)
+
+
+def joining_norm(layer: nn.Module) -> str | None:
+    """The name of the norm that a decoder layer lays on its attention's output before that joins the residual stream."""
+    if hasattr(layer, "post_self_attn_layernorm"):  # GLM 4
+        return "post_self_attn_layernorm"
+    return "post_attention_layernorm" if hasattr(layer, "post_feedforward_layernorm") else None  # Gemma 2 and 3, OLMo 2, EXAONE 4

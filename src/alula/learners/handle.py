@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from alula.errors import UserError, nearest
 from alula.experts.lorra import LoRRA
-from alula.learners.attention import MODALITIES, AttentionMixture
+from alula.learners.attention import MODALITIES, AttentionMixture, joining_norm
 from alula.learners.columns import carry_columns
-from alula.learners.features import KEYWORD, Features, documents_of
+from alula.learners.features import KEYWORD, Features, documents_of, num_seen, valid_tokens
 from alula.models.anatomy import Anatomy, anatomy
 from alula.routers.learner import LEARNER_ROUTERS
 
@@ -59,6 +59,7 @@ class Learners:
             "alula_learners", default=(config.modalities, config.router != "none")
         )
         self._undo: list[Callable[[], None]] = []
+        self._inside = {path: set(map(id, mixture.host.modules())) for path, mixture in sites.items()}
 
     @contextlib.contextmanager
     def using(self, *modalities: str, routed: bool = True) -> Iterator[None]:
@@ -119,6 +120,7 @@ class Learners:
                     f"'{name}' has shape {tuple(tensors[name].shape)}, the model wants {tuple(tensor.shape)}. "
                     "Attach to the model, and with the rank, they were made for."
                 )
+        for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
     @torch.no_grad()
@@ -136,7 +138,14 @@ class Learners:
         self._undo.append(lambda: put(before))
 
     def detach(self) -> nn.Module:
-        """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`."""
+        """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`.
+
+        Raises:
+            UserError: something else was attached after the learners and is still there.
+        """
+        for path, mixture in self.sites.items():
+            if set(map(id, mixture.host.modules())) != self._inside[path]:
+                raise UserError(f"{path} was changed after the learners came. Detach what was attached last (LoRA experts) first.")
         for undo in self._undo:
             undo()
         for path, mixture in self.sites.items():
@@ -153,9 +162,10 @@ class Learners:
             self._undo.append(layer.register_forward_pre_hook(_hand_on(index), with_kwargs=True).remove)
         for mixture in self.sites.values():
             if mixture.joins_late:
-                norm = self.model.get_submodule(f"{self.anatomy.layers[mixture.index]}.post_attention_layernorm")
-                self._undo.append(norm.register_forward_hook(mixture.join).remove)
-        if any(mixture.router.columns(torch.zeros(1, 1, 2)) is not None for mixture in self.sites.values()):
+                layer = self.model.get_submodule(self.anatomy.layers[mixture.index])
+                self._undo.append(layer.get_submodule(joining_norm(layer) or "").register_forward_hook(mixture.join).remove)
+        nothing = torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long)
+        if any(mixture.router.columns(*nothing) is not None for mixture in self.sites.values()):
             self._undo.append(carry_columns(self.model, decoder=self.anatomy.decoder))
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -165,14 +175,14 @@ class Learners:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise UserError("Learners must know which tokens are image tokens; the call has no `input_ids`. Pass token ids.")
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        attention_mask = kwargs.get("attention_mask")
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            valid = attention_mask[:, -ids.shape[1] :].bool()
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        valid = valid_tokens(mask, ids, seen=num_seen(cache, num_layers=self.anatomy.num_layers))
+        # The host, too, takes rows for packed only without a mask of two axes and without a cache.
+        may_be_packed = cache is None and not (isinstance(mask, Tensor) and mask.dim() == 2)
         image = self.anatomy.image_mask(ids) & valid
         features = Features(
             marks=torch.stack([valid & ~image, image], dim=-1).float(),
-            documents=documents_of(kwargs.get("position_ids"), valid),
+            documents=documents_of(kwargs.get("position_ids"), valid) if may_be_packed else None,
             modalities=modalities,
             is_routed=is_routed,
             num_layers=self.anatomy.num_layers,
@@ -237,7 +247,8 @@ def attach_learners(model: nn.Module, *, config: LearnerConfig | None = None, **
                 for name in config.modalities
             },
             router=router.to(device=weight.device),
-            joins_late=hasattr(layer, "pre_feedforward_layernorm"),
+            joins_late=joining_norm(layer) is not None,
+            factor=getattr(layer, "residual_multiplier", 1.0),
             strict_text=config.strict_text,
             reference=config.reference,
             causal_images=config.causal_images,
@@ -246,7 +257,11 @@ def attach_learners(model: nn.Module, *, config: LearnerConfig | None = None, **
     for path, mixture in sites.items():
         model.set_submodule(path, mixture)
     handle = Learners(model, parts, sites, config)
-    handle.enter()
+    try:
+        handle.enter()
+    except UserError:
+        handle.detach()
+        raise
     return handle
 
 

@@ -136,7 +136,14 @@ class Mixtures:
                 router.refresh(mixture.experts)
 
     def detach(self) -> nn.Module:
-        """Puts every host back and removes the hooks: the model is exactly what it was before `attach`."""
+        """Puts every host back and removes the hooks: the model is exactly what it was before `attach`.
+
+        Raises:
+            UserError: something was attached around the mixtures since (learners).
+        """
+        for path, mixture in self.sites.items():
+            if not _stands_at(self.model, path, mixture):
+                raise UserError(f"{path} is not where its mixture was put. Detach what was attached last (learners) first.")
         self.director.leave()
         for path, mixture in self.sites.items():
             self.model.set_submodule(path, mixture.host)
@@ -192,6 +199,13 @@ class Mixtures:
         """One line: how many linears of which part carry mixtures."""
         kinds = sorted({path.rsplit(".", 1)[-1] for path in self.sites})
         return f"{len(self.sites)} linear layers of the decoder ({', '.join(kinds)}) carry {len(self.names)} experts"
+
+
+def _stands_at(model: nn.Module, path: str, mixture: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is mixture
+    except AttributeError:
+        return False
 
 
 def _prompt_layers(parts: Anatomy) -> list[int]:

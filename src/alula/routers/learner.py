@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,11 +25,14 @@ class LearnerRouter(nn.Module, ABC):
         super().__init__()
         self.dim, self.classes = dim, classes
 
-    def columns(self, marks: Float[Tensor, "batch keys 2"]) -> Float[Tensor, "batch keys columns"] | None:
+    def columns(
+        self, marks: Float[Tensor, "batch keys 2"], places: Int[Tensor, "batch keys"]
+    ) -> Float[Tensor, "batch keys columns"] | None:
         """What attention weights are to be summed with, one row per key; None: this router looks at no attention.
 
         Args:
             marks: per key whether it is a text token and whether it is an image token; both zero for padding.
+            places: each key's place in its row or packed document, from 0; padding does not count.
         """
         return None
 
@@ -71,12 +74,10 @@ class PositionRouter(LearnerRouter):
         super().__init__(dim, classes=classes)
         self.gate = nn.Linear(positions, classes)
 
-    def columns(self, marks: Float[Tensor, "batch keys 2"]) -> Float[Tensor, "batch keys classes"]:
-        """The matrix' columns at the keys' positions, padding not counted."""
-        real = marks.sum(dim=-1)
-        position = (real.cumsum(dim=-1) - 1).long()
-        inside = (real > 0) & (position < self.gate.in_features)
-        found = self.gate.weight.T[position.clamp(0, self.gate.in_features - 1)]
+    def columns(self, marks: Float[Tensor, "batch keys 2"], places: Int[Tensor, "batch keys"]) -> Float[Tensor, "batch keys classes"]:
+        """The matrix' columns at the keys' places."""
+        inside = (marks.sum(dim=-1) > 0) & (places < self.gate.in_features)
+        found = self.gate.weight.T[places.clamp(0, self.gate.in_features - 1)]
         return found * inside.unsqueeze(-1)
 
     def scores(self, hidden: Tensor, sums: Tensor | None) -> Tensor:
@@ -96,7 +97,7 @@ class MassRouter(LearnerRouter):
         super().__init__(dim, classes=classes)
         self.gate = nn.Linear(2, classes)
 
-    def columns(self, marks: Float[Tensor, "batch keys 2"]) -> Float[Tensor, "batch keys 2"]:
+    def columns(self, marks: Float[Tensor, "batch keys 2"], places: Int[Tensor, "batch keys"]) -> Float[Tensor, "batch keys 2"]:
         """The marks themselves."""
         return marks
 
