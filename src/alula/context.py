@@ -32,9 +32,11 @@ class Routing:
             ``combined`` takes the sample's log-weights as prior and the token's scores as likelihood.
         top_k: experts that speak at once (at token level) or per sample.
         temperature: multiplies the scores before the softmax; None is the router's own.
-        null: what a token does that belongs to no task: ``none``, ``zero_expert``, ``sigmoid_keep`` or ``threshold``
-            (specification of routing-based continual learning; the paper's own choice is unknown).
-        threshold: the score under which an expert is dropped when ``null="threshold"``.
+        null: what happens to a token (or, at level ``sample``, a prompt) that belongs to no task: ``none``, ``zero_expert``,
+            ``sigmoid_keep`` or ``threshold`` (specification of routing-based continual learning; the paper's own choice is
+            unknown).
+        threshold: with ``null="threshold"`` the score under which a gate's expert is dropped; at level ``sample`` the least
+            familiarity (`PromptRouter.familiarity`) with which a prompt is given to an expert.
     """
 
     router: str | None = None

@@ -78,7 +78,7 @@ class Director:
         if routing.router is None or routing.level == "token" or not self.mixtures.names:
             yield
             return
-        with self.deciding(self.decide(inputs, temperature=routing.temperature)):
+        with self.deciding(self.decide(inputs, temperature=routing.temperature, threshold=_threshold(routing))):
             yield
 
     @torch.no_grad()
@@ -109,10 +109,10 @@ class Director:
                 hook.remove()
         return [seen[layer] for layer in layers]
 
-    def decide(self, inputs: Mapping[str, Any], *, temperature: float | None = None) -> Tensor:
-        """Log-weights per sample over all experts and, if known, the base model (batch x classes)."""
+    def decide(self, inputs: Mapping[str, Any], *, temperature: float | None = None, threshold: float | None = None) -> Tensor:
+        """Log-weights per sample over all experts and, if known or with a threshold, the base model (batch x classes)."""
         router = self.mixtures.prompt_router
-        return router.log_weights(self.describe(inputs), experts=self.mixtures.names, temperature=temperature)
+        return router.log_weights(self.describe(inputs), experts=self.mixtures.names, temperature=temperature, threshold=threshold)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = dict(kwargs)
@@ -177,7 +177,7 @@ class Director:
                     "This cache was filled without a routing decision, so its answer cannot be continued under sample-level "
                     "routing. Start the generation anew with the experts attached."
                 )
-            decided = self.decide(inputs, temperature=routing.temperature)
+            decided = self.decide(inputs, temperature=routing.temperature, threshold=_threshold(routing))
             self._pending.set(decided)
             if cache is not None:
                 self._decided[cache] = decided
@@ -186,6 +186,11 @@ class Director:
                 raise UserError(f"The routes of {len(decided)} prompts came to a batch of {shape[0]} rows. Generate for the same prompts.")
             decided = decided.repeat_interleave(shape[0] // len(decided), dim=0)
         return decided
+
+
+def _threshold(routing: Routing) -> float | None:
+    """How unlike its own prompts an expert may still be given; the other levels have no such threshold here."""
+    return routing.threshold if routing.null == "threshold" and routing.level == "sample" else None
 
 
 def _tap(cell: Cell) -> Any:

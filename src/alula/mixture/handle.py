@@ -61,10 +61,16 @@ class Mixtures:
             self.index(name)
         if routing.router is not None:
             ROUTERS[routing.router]
+            attached = next(iter(self.sites.values())).named_routers()
+            if routing.level != "sample" and routing.router not in attached:
+                known = nearest(routing.router, attached)
+                raise UserError(f"Router '{routing.router}' is not on these mixtures. {known} Name it in `attach(routers=)`.")
         for word, known in ((routing.level, ("token", "sample", "combined")), (routing.null, _NULL_OPTIONS)):
             if word not in known:
                 raise UserError(f"Unknown routing option '{word}'. {nearest(word, known)}")
-        if routing.router in ("gate", "arrow") and routing.level == "sample":
+        if routing.null == "threshold" and routing.router == "analytic" and routing.level != "sample":
+            raise UserError("Router 'analytic' has a threshold at level 'sample' only. Set that level, or null='none'.")
+        if routing.router in ("gate", "arrow", "dense") and routing.level == "sample":
             raise UserError(f"Router '{routing.router}' decides per token; its levels are 'token' and 'combined'. Set one of them.")
 
     def index(self, name: str) -> int:

@@ -3,7 +3,8 @@
 from alula.routers.analytic import AnalyticRouter
 from alula.routers.arrow import ArrowRouter
 from alula.routers.base import ROUTERS, Router
+from alula.routers.dense import DenseRouter
 from alula.routers.gate import GateRouter
 from alula.routers.prompt import PromptRouter
 
-__all__ = ["ROUTERS", "AnalyticRouter", "ArrowRouter", "GateRouter", "PromptRouter", "Router"]
+__all__ = ["ROUTERS", "AnalyticRouter", "ArrowRouter", "DenseRouter", "GateRouter", "PromptRouter", "Router"]

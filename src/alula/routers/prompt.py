@@ -9,7 +9,7 @@ from torch import Tensor
 from alula.context import BASE
 from alula.errors import UserError
 from alula.routers.base import standardise
-from alula.routers.statistics import RidgeStatistics
+from alula.routers.statistics import RidgeStatistics, Spread
 
 WIDTH = 256
 """Numbers a description is projected to; ours, see benchmarks/prompt_routing.py for accuracy against bytes."""
@@ -49,7 +49,8 @@ class PromptRouter:
     base model. The decision needs one pass of the base model over the prompt and none for the answer.
 
     A prompt with (or without) images is never sent to an expert that saw no such prompt, as long as the base model can
-    have it: experts for pictures leave a text-only prompt bit-identical to the base model.
+    have it: experts for pictures leave a text-only prompt bit-identical to the base model. A prompt with images that
+    belongs to no task does go to the expert that fits best, unless a `threshold` is given (see `familiarity`).
 
     Args:
         layers: decoder layers whose input is looked at.
@@ -69,6 +70,7 @@ class PromptRouter:
         self.statistics = [RidgeStatistics(self.width or 2 * dim + 2, ridge=ridge) for _ in self.layers]
         self._kinds: dict[str, Tensor] = {}  # per class: prompts seen without and with images
         self._classifiers: list[Tensor] | None = None
+        self._spreads: list[Spread] | None = None
 
     def features(
         self,
@@ -93,20 +95,32 @@ class PromptRouter:
         with_images = features[0][:, -1].sum().cpu()
         seen = torch.stack([len(features[0]) - with_images, with_images])
         self._kinds[name] = self._kinds.get(name, torch.zeros(2)) + seen
-        self._classifiers = None
+        self._changed()
 
     def remove(self, name: str) -> None:
         """Forgets a task."""
         self._kinds.pop(name, None)
         for statistics in self.statistics:
             statistics.forget(name)
-        self._classifiers = None
+        self._changed()
+
+    def _changed(self) -> None:
+        self._classifiers = self._spreads = None
 
     @torch.no_grad()
     def log_weights(
-        self, features: Sequence[Float[Tensor, "batch features"]], *, experts: Sequence[str], temperature: float | None
+        self,
+        features: Sequence[Float[Tensor, "batch features"]],
+        *,
+        experts: Sequence[str],
+        temperature: float | None,
+        threshold: float | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        """Log-posterior over `experts` and, if observed, the base model (last column).
+        """Log-posterior over `experts` and, if observed or if there is a threshold, the base model (last column).
+
+        Args:
+            threshold: the base model takes the place of every expert whose `familiarity` with the prompt is less; None
+                keeps all.
 
         Raises:
             UserError: an expert has no statistics.
@@ -124,9 +138,25 @@ class PromptRouter:
         order = [known.index(name) for name in classes]
         by_layer = (rows[:, :-1].float() @ w[order].to(rows.device).T for rows, w in zip(features, self._classifiers, strict=True))
         scores = sum(by_layer, start=torch.tensor(0.0)) * (self.temperature if temperature is None else temperature)
-        if BASE in known:
+        if BASE in known or threshold is not None:
             scores = scores.masked_fill(self._unknown_kind(features[0][:, -1], classes), -torch.inf)
+        if threshold is not None:
+            scores = _base_instead(scores, self.familiarity(features, experts=experts) < threshold)
         return scores.log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def familiarity(self, features: Sequence[Float[Tensor, "batch features"]], *, experts: Sequence[str]) -> Float[Tensor, "batch experts"]:
+        """How much prompts are like those each expert was observed with: about 1 for its own, towards 0 for others.
+
+        One over the squared distance to the expert's mean prompt (see `Spread`), averaged over layers. It is infinite
+        where the spread of prompts is unknown: nothing is foreign then. On the embedded model it notices new questions,
+        hardly ever new pictures under a known question (docs/results.md).
+        """
+        tasks = [name for name in self.names if name != BASE]
+        if self._spreads is None:
+            self._spreads = [statistics.spread(tasks) for statistics in self.statistics]
+        by_layer = [spread.distances(rows[:, :-1]) for rows, spread in zip(features, self._spreads, strict=True)]
+        return 1 / torch.stack(by_layer).mean(dim=0)[:, [tasks.index(name) for name in experts]]
 
     def _unknown_kind(self, has_image: Float[Tensor, " batch"], classes: Sequence[str]) -> Bool[Tensor, "batch classes"]:
         """Where a class never saw a prompt of this kind; the base model takes every kind."""
@@ -149,4 +179,12 @@ class PromptRouter:
         for layer, statistics in zip(self.layers, self.statistics, strict=True):
             prefix = f"{layer}."
             statistics.restore(name, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
-        self._classifiers = None
+        self._changed()
+
+
+def _base_instead(scores: Float[Tensor, "batch classes"], foreign: Bool[Tensor, "batch experts"]) -> Float[Tensor, "batch all_classes"]:
+    """The base model, in the last column, with the best score among its own and those of the `foreign` experts."""
+    ours, base = scores.tensor_split([foreign.shape[1]], dim=-1)
+    taken = torch.cat([base, ours.masked_fill(~foreign, -torch.inf)], dim=-1).amax(dim=-1, keepdim=True)
+    last_resort = torch.finfo(scores.dtype).min
+    return torch.cat([ours.masked_fill(foreign, -torch.inf), taken.clamp(min=last_resort)], dim=-1)

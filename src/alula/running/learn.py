@@ -83,7 +83,7 @@ def learn_task(
     Args:
         model_name: the base model; None: the pool's, or the embedded default for a new pool.
         linears, layers: where experts sit; None: where the pool's do, or all linears of the decoder for a new pool.
-        router: one of `ROUTINGS`; None: the pool's, or ``analytic`` for a new pool.
+        router: one of `ROUTINGS`; None: the pool's, or ``analytic_reject`` for a new pool.
 
     Returns:
         the task's score before and after, with sample counts, as kept in the pool's manifest.
@@ -97,7 +97,7 @@ def learn_task(
     base = absolute(model_name or (pool.base if pool else EMBEDDED))
     model, processor = load_model(base, dtype=dtype)
     mixtures = pool.attach(model) if pool else attach(model, linears=linears, layers=layers)
-    arm, collator = pool.arm if pool else router or "analytic", Collator(processor)
+    arm, collator = pool.arm if pool else router or "analytic_reject", Collator(processor)
     method = Routed(model, settings=settings, rank=rank, arms=(arm,), mixtures=mixtures)
     before, first = score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None)
     work, identity = folder / "learning" / task.name, f"{base}, rank {rank}, {linears}, {layers}, {arm}"
