@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from alula.cli import align, compare, diagnose, evaluate, gate, generate, learn, listing, report, run
+from alula.cli import align, compare, diagnose, evaluate, gate, generate, learn, listing, recommend, report, run
 from alula.cli.screen import notes
 from alula.errors import UserError
 
@@ -56,3 +56,4 @@ app.command("list")(listing.listing)
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("align")(align.align)
+app.command("recommend")(recommend.recommend)

@@ -1,0 +1,59 @@
+"""The benchmarks run in their smallest form and say what they promise; no time is asserted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alula.files import read_json
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_trainer_learns_what_a_bare_loop_learns_bit_for_bit(tmp_path):
+    out = tmp_path / "trainer.json"
+    said = run("trainer.py", "--hidden", 32, "--layers", 1, "--batch-size", 2, "--steps", 3, "--repeats", 1, "--words", 4, "--out", out)
+    assert "Losses equal bit for bit" in said
+    rows = read_json(out)["rows"]
+    assert [row["with_loading"] for row in rows] == [False, True]
+    assert all(row["losses_equal"] and row["trainer"]["cpu"]["median"] > 0 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def routing(tmp_path_factory):
+    out = tmp_path_factory.mktemp("routing") / "cost.json"
+    sizes = ("--samples", 4, "--steps", 2, "--batch-size", 2, "--hidden", 32, "--layers", 1, "--general", 4)
+    names = ("--names", "emoji_en", "digits", "words", "--tasks", 3)
+    said = run("cost_of_routing.py", *sizes, *names, "--experts", 1, 3, "--beyond", 1000, "--tokens", 2, "--repeats", 1, "--out", out)
+    return read_json(out), said, out
+
+
+def test_an_arriving_task_costs_an_expert_the_same_and_joint_training_more_each_time(routing):
+    found, _, _ = routing
+    once, *routed = found["arrivals"]["routed"]
+    joint = found["arrivals"]["joint"]
+    assert once["name"] == "once"
+    assert [row["samples"] for row in routed] == [2 * 2 + 4] * 3  # steps, then statistics over all four
+    assert [row["samples"] for row in joint] == [4, 8, 12]
+    flops = [row["flops"] for row in joint]
+    assert flops == sorted(flops) and flops[2] > 2 * flops[0] > 0
+
+
+def test_measured_bytes_are_those_of_the_formula_and_beyond_them_it_stands_alone(routing):
+    found, said, out = routing
+    *measured, paper = found["pools"]
+    for row in measured:
+        assert row["stored_bytes"] == row["on_paper"]["stored_bytes"]
+        assert all(value > 0 for value in row["milliseconds_per_token"].values())
+    assert paper["experts"] == 1000 and "milliseconds_per_token" not in paper
+    assert "sum r(n + d)" in said
+    assert said.strip() == out.with_suffix(".md").read_text().strip()
