@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from alula import Collator, Message, Routing, Sample, UserError, attach
 from alula.cli.app import app
+from alula.config import check_recipe
 from alula.data.collate import IGNORED
 from alula.evaluation import attention_shift
 from alula.evaluation.attention_shift import SEGMENTS, attention_shares, diagnose, measured_layers, segments, shifts_of
@@ -24,6 +25,7 @@ from alula.models.anatomy import anatomy
 from alula.pool import Pool
 from alula.report import build_report
 from alula.report.attention_shift import FILE, shift_lines
+from alula.running.run import run_recipe
 from zoo import BUILDERS, build, example_batch
 from zoo.parts import NUM_LAYERS, picture
 
@@ -411,3 +413,22 @@ def test_alula_diagnose_takes_a_limit_and_refuses_a_foreign_pool(world, tmp_path
     foreign = ["diagnose", str(world / "other"), *call[2:], "--tuned", str(world / "pool")]
     result = CliRunner().invoke(app, foreign)
     assert result.exit_code == 2 and "was made for base model" in result.stderr
+
+
+def test_a_cell_keeps_its_shift_before_and_after_learning(tmp_path):
+    model, processor = build("llava")
+    model.save_pretrained(tmp_path / "tiny")
+    processor.save_pretrained(tmp_path / "tiny")
+    recipe = check_recipe(
+        {
+            "model": str(tmp_path / "tiny"),
+            "tasks": [{"name": "digits", "train_size": 8, "test_size": 4}],
+            "methods": [{"name": "wings", "options": {"rank": 2}}],
+            "train": {"steps": 2, "batch_size": 4},
+            "evaluation": {"attention_shift": 4},
+        }
+    )
+    run_recipe(recipe, tmp_path / "run")
+    before, after = read_json(tmp_path / "run" / "cells" / "wings-seed0" / "attention_shift.json")
+    assert (before["row"], after["row"]) == (0, 1) and before["ids"] == after["ids"] and before["curves"] != after["curves"]
+    assert "ttention" in build_report(tmp_path / "run").read_text()

@@ -7,7 +7,7 @@ import yaml
 
 from alula.config import Recipe, check_recipe, check_task, check_train, parse_settings, read_recipe, write_recipe
 from alula.errors import UserError
-from alula.running.run import make_cell
+from alula.running.cells import make_cell
 
 SMALL = {"tasks": ["easy_vqa"], "methods": ["finetune"]}
 
@@ -162,11 +162,39 @@ def test_one_method_with_two_options_needs_labels_and_gets_two_folders(tmp_path)
         ({"tasks": ["flags", "flags"]}, "the task 'flags' comes twice"),
         ({"tasks": ["capital"], "base_tasks": ["capital"]}, "the task 'capital' comes twice"),
         ({"seeds": [1, 1]}, "the seed '1' comes twice"),
+        ({"tasks": ["a", "b"], "orders": [["a", "b"], ["a", "b"]]}, "the order 'a, b' comes twice"),
+        ({"methods": [{"name": "finetune", "orders": [0, 0]}]}, "the number in 'methods.0.orders' '0' comes twice"),
     ],
 )
 def test_what_would_share_a_folder_is_refused(change, says):
     with pytest.raises(UserError, match=says):
         check_recipe({**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"orders": [["easy_vqa"]]}, "'orders.0' lacks 'flags', 'digits'. An order names every task once"),
+        (
+            {"orders": [["digits", "flags", "easy_vqa"], ["easy_vqa", "digits", "flagz"]]},
+            "'orders.1' names an unknown task 'flagz'. Known: ",
+        ),
+        ({"orders": [["easy_vqa", "digits", "digits", "flags"]]}, "the task in 'orders.0' 'digits' comes twice"),
+        ({"methods": [{"name": "finetune", "orders": [1]}]}, r"'methods.0.orders' is \[1\], but there are 1, counted from 0"),
+        ({"methods": [{"name": "finetune", "orders": []}]}, r"'methods.0.orders' is \[\]"),
+    ],
+)
+def test_an_order_names_every_task_once_and_methods_name_orders_that_are_there(change, says):
+    with pytest.raises(UserError, match=says):
+        check_recipe({"tasks": ["easy_vqa", "flags", "digits"], "methods": ["finetune"], **change})
+
+
+def test_a_joint_method_runs_the_first_of_its_orders():
+    orders = [["a", "b"], ["b", "a"]]
+    methods = ["x", {"name": "x", "label": "y", "orders": [1]}, {"name": "x", "label": "z", "joint": True}]
+    recipe = check_recipe({"tasks": ["a", "b"], "orders": orders, "methods": methods})
+    assert [recipe.orders_of(choice) for choice in recipe.methods] == [[0, 1], [1], [0]]
+    assert recipe.order(1) == ["b", "a"]
 
 
 def test_settings_of_the_command_line_are_checked_like_those_of_a_recipe():

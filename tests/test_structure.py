@@ -38,6 +38,7 @@ ROOMS = (
     "training",
     "evaluation",
     "report",
+    "overrides",
     "config",
     "running",
     "aligning",

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from alula.errors import UserError, nearest
+from alula.overrides import put_change, split_change
 from alula.training.settings import TrainSettings
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -41,6 +42,16 @@ class TaskChoice(Strict):
     """Test samples at most; None: all."""
 
 
+class AdditionChoice(Strict):
+    """What is added to a method, with its options."""
+
+    name: str
+    """See `alula list`."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keywords of the addition's class."""
+
+
 class MethodChoice(Strict):
     """A method with its options."""
 
@@ -53,8 +64,22 @@ class MethodChoice(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keywords of the method's class."""
 
+    additions: list[AdditionChoice] = Field(default_factory=list, alias="with", repr=False)
+    """Added to the method, in the order in which they work; the key in YAML is ``with``."""
+
     train: dict[str, Any] = Field(default_factory=dict)
     """Training settings of this method alone, over those of the recipe."""
+
+    orders: list[Annotated[int, Field(ge=0)]] | None = Field(None, repr=False, min_length=1)
+    """Which of the recipe's orders it runs, by their numbers from 0; None: all of them."""
+
+    joint: bool = Field(False, repr=False)
+    """Train on all tasks at once, as one task named ``joint``. One order then says all there is: it runs its first one."""
+
+    @field_validator("additions", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        return _named(value)
 
     @property
     def shown(self) -> str:
@@ -71,6 +96,9 @@ class EvaluationSettings(Strict):
     future_tasks: bool = True
     """Also score tasks that are not learnt yet: needed for forward transfer, costs time."""
 
+    attention_shift: int = Field(0, ge=0)
+    """Test samples of which the attention shift is measured before and after learning; 0: none."""
+
 
 class Recipe(Strict):
     """A whole run: stream, methods, seeds."""
@@ -84,6 +112,9 @@ class Recipe(Strict):
     tasks: list[TaskChoice] = Field(min_length=1)
     """The stream, in order."""
 
+    orders: list[list[str]] = Field(default_factory=list)
+    """Orders in which the tasks are learnt, each a list of all their names; empty: the one of `tasks`."""
+
     base_tasks: list[TaskChoice] = Field(default_factory=list)
     """What the base model can do already: scored, never trained."""
 
@@ -91,7 +122,7 @@ class Recipe(Strict):
     """Each is run for each seed. One that comes twice, with other options, needs labels."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
-    """One run of each method per seed (0 or more)."""
+    """One run of each method and order per seed (0 or more)."""
 
     train: TrainSettings = Field(default_factory=TrainSettings)
     """Settings of the training loop."""
@@ -108,7 +139,16 @@ class Recipe(Strict):
     @field_validator("tasks", "base_tasks", "methods", mode="before")
     @classmethod
     def _names_alone(cls, value: Any) -> Any:
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in value] if isinstance(value, list) else value
+        return _named(value)
+
+    def order(self, number: int) -> list[str]:
+        """The names of the tasks in the order of that number."""
+        return self.orders[number] if self.orders else [task.name for task in self.tasks]
+
+    def orders_of(self, choice: MethodChoice) -> list[int]:
+        """The numbers of the orders that `choice` runs."""
+        numbers = choice.orders or list(range(len(self.orders) or 1))
+        return numbers[:1] if choice.joint else numbers
 
 
 def read_recipe(path: Path | str, *, changes: Iterable[str] | None = None) -> Recipe:
@@ -133,7 +173,7 @@ def read_recipe(path: Path | str, *, changes: Iterable[str] | None = None) -> Re
     if not isinstance(raw, dict):
         raise UserError(f"{path}: {_kind(raw)} came, a mapping with 'tasks' and 'methods' is wanted. Write one.")
     for change in changes or []:
-        _set(raw, *_split(change))
+        put_change(raw, *split_change(change))
     return check_recipe(raw, where=str(path))
 
 
@@ -141,7 +181,8 @@ def check_recipe(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """`raw` as a recipe.
 
     Raises:
-        UserError: an unknown key (with the nearest known), a bad value, or the same task, method or seed twice.
+        UserError: an unknown key (with the nearest known), a bad value, the same task, method, seed or order twice, or an
+            order that does not name every task once.
     """
     recipe = _check(Recipe, raw, where)
     for number, choice in enumerate(recipe.methods):
@@ -151,12 +192,33 @@ def check_recipe(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
     methods = [choice.shown for choice in recipe.methods]
     _refuse_twice(where, "method", methods, "Give each of them a 'label' of its own: its results go into a folder of that name.")
     _refuse_twice(where, "seed", [str(seed) for seed in recipe.seeds], "It would be the same run: take one out.")
+    _check_orders(recipe, where)
     return recipe
+
+
+def _check_orders(recipe: Recipe, where: str) -> None:
+    """Every order names every task once, and every method names orders that are there."""
+    tasks, same = [choice.name for choice in recipe.tasks], "It would be the same run: take one out."
+    for number, order in enumerate(recipe.orders):
+        place = f"{where}: 'orders.{number}'"
+        for name in order:
+            if name not in tasks:
+                raise UserError(f"{place} names an unknown task '{name}'. {nearest(name, tasks)}")
+        _refuse_twice(where, f"task in 'orders.{number}'", order, "Name each task once.")
+        missing = ", ".join(repr(name) for name in tasks if name not in order)
+        if missing:
+            raise UserError(f"{place} lacks {missing}. An order names every task once: add what is missing.")
+    _refuse_twice(where, "order", [", ".join(order) for order in recipe.orders], same)
+    for number, choice in enumerate(recipe.methods):
+        wanted, count = choice.orders or [], len(recipe.orders) or 1
+        if max(wanted, default=0) >= count:
+            raise UserError(f"{where}: 'methods.{number}.orders' is {wanted}, but there are {count}, counted from 0. Correct it.")
+        _refuse_twice(where, f"number in 'methods.{number}.orders'", [str(order) for order in wanted], same)
 
 
 def write_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
 def check_task(**fields: Any) -> TaskChoice:
@@ -183,7 +245,7 @@ def parse_settings(changes: Iterable[str]) -> dict[str, Any]:
     Raises:
         UserError: no ``=``, or a value that is not YAML.
     """
-    return dict(_split(change) for change in changes)
+    return dict(split_change(change) for change in changes)
 
 
 def _check(kind: type[Checked], raw: Any, where: str, *, path: tuple[str | int, ...] = ()) -> Checked:
@@ -209,51 +271,25 @@ def _explain(problem: Any, kind: type[BaseModel], where: str, path: tuple[str | 
 def _known_keys(kind: Any, location: tuple[str | int, ...]) -> list[str]:
     for part in location:
         if isinstance(part, str):
-            annotation = kind.model_fields[part].annotation
+            annotation = _by_key(kind)[part]
             kind = next((inner for inner in get_args(annotation) if isinstance(inner, type)), annotation)
-    return list(kind.model_fields)
+    return list(_by_key(kind))
+
+
+def _by_key(kind: Any) -> dict[str, Any]:
+    """The types of a model's fields, by the key a recipe has for them."""
+    return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+
+
+def _named(value: Any) -> Any:
+    """A list of mappings, of which some were bare names."""
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in value] if isinstance(value, list) else value
 
 
 def _refuse_twice(where: str, what: str, names: list[str], remedy: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{where}: the {what} {', '.join(repr(name) for name in twice)} comes twice. {remedy}")
-
-
-def _split(change: str) -> tuple[str, Any]:
-    path, equals, value = change.partition("=")
-    if not equals or not path:
-        raise UserError(f"'{change}' came for --set; name=value is wanted, as in train.steps=100 (recipe) or steps=100 (learn, align).")
-    try:
-        return path.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"'{change}' came for --set; '{value}' is not valid YAML. Put quotes around it.") from error
-
-
-def _set(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Puts `value` at ``methods.0.options.rank`` and the like; a task or method that is a bare name becomes a mapping."""
-    *parents, last = path.split(".")
-    place: Any = raw
-    for depth, part in enumerate(parents):
-        key = _key(place, part, path, depth)
-        if isinstance(place, dict) and place.get(key) is None:
-            place[key] = {}
-        elif isinstance(place, list) and isinstance(place[key], str):
-            place[key] = {"name": place[key]}
-        place = place[key]
-    place[_key(place, last, path, len(parents))] = value
-
-
-def _key(place: Any, part: str, path: str, depth: int) -> Any:
-    if isinstance(place, dict):
-        return part
-    above = ".".join(path.split(".")[:depth])
-    if not isinstance(place, list):
-        raise UserError(f"'{path}' came for --set, but '{above}' is {place!r} and holds nothing. Shorten the path.")
-    if not part.isdigit() or int(part) >= len(place):
-        wanted = f"a number from 0 to {len(place) - 1} is wanted, not '{part}'"
-        raise UserError(f"'{path}' came for --set, but '{above}' is a list of {len(place)}: {wanted}. Correct the path.")
-    return int(part)
 
 
 def _kind(value: Any) -> str:

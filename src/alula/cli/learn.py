@@ -23,7 +23,9 @@ def learn(
     linears: Annotated[
         str | None, typer.Option(help="Where a new pool's experts sit: names with commas. Default: all of the decoder.")
     ] = None,
-    router: Annotated[str | None, typer.Option(help="Who chooses among a new pool's experts (`alula list`). Default: analytic_reject.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="Who chooses among a new pool's experts (`alula list`). Default: analytic_reject.")
+    ] = None,
     method: Annotated[str, typer.Option(help="routed: one expert per task; wings: learners beside attention.")] = "routed",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=200. May be repeated.")] = None,

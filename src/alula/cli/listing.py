@@ -7,7 +7,7 @@ import typer
 
 
 def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; without it, all that alula knows by name.")] = None) -> None:
-    """List a pool's experts, or every task, method and router by name."""
+    """List a pool's experts, or every task, method, addition and router by name."""
     from alula.cli.screen import results
 
     if pool is not None:
@@ -18,7 +18,7 @@ def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; wit
     from rich.table import Table
 
     from alula.data.tasks import describe
-    from alula.methods import METHODS
+    from alula.methods import ADDITIONS, METHODS
     from alula.routers.named import ROUTINGS
 
     tasks = Table("task", "languages", "blind", "what", title="Built-in tasks")
@@ -29,4 +29,8 @@ def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; wit
     for name in METHODS:
         methods.add_row(name, (METHODS[name].__doc__ or "").splitlines()[0])
     results.print(methods)
+    additions = Table("addition", "what", title="Additions to a method (`with`)")
+    for name in ADDITIONS:
+        additions.add_row(name, (ADDITIONS[name].__doc__ or "").splitlines()[0])
+    results.print(additions)
     results.print(f"Arms of `routed`: {', '.join(ROUTINGS)}, oracle, uniform")

@@ -1,32 +1,72 @@
-"""`alula run`: a whole stream, several methods and seeds, one comparison."""
+"""`alula run`: a whole stream, several methods, seeds and orders, one report."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from alula.errors import UserError
+
+RECIPE = "A YAML recipe: tasks, base tasks, methods, seeds, orders."
+OUT = "The run folder. Default: runs/<name of the recipe>."
+CHANGES = "Change one value: train.steps=100. May be repeated."
+WORKERS = "Cells at once, each in a process of its own: a number, or auto for what memory and cores allow. Default: 1; with --ray auto."
+RAY = "Address of a Ray cluster that runs the cells. All its machines must see the run folder, the data and the model."
+
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: tasks, base tasks, methods, seeds.")],
-    out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/<name of the recipe>.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: train.steps=100. May be repeated.")] = None,
+    recipe: Annotated[Path, typer.Argument(help=RECIPE)],
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=CHANGES)] = None,
+    workers: Annotated[str | None, typer.Option(help=WORKERS)] = None,
+    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
 ) -> None:
     """Run a recipe. Resumable: the same command goes on where it was stopped and skips what is done."""
-    from alula.cli.screen import notes, progress, results
+    folder, crashed = run_cells(recipe, out=out, changes=set_, workers=workers, ray=ray)
+    from alula.report import build_report
+
+    show_results(folder, {"Report": build_report(folder)}, crashed)
+
+
+def run_cells(recipe: Path, *, out: Path | None, changes: list[str] | None, workers: str | None, ray: str | None) -> tuple[Path, int]:
+    """Runs what is not done yet; gives the run folder and the number of cells that crashed."""
+    from alula.cli.screen import notes, progress
     from alula.config import read_recipe
 
-    wanted = read_recipe(recipe, changes=set_)
+    count = read_workers(workers, is_cluster=ray is not None)
+    wanted = read_recipe(recipe, changes=changes)
     folder = out or Path("runs") / recipe.stem
-    from alula.report import build_report
     from alula.running.run import run_recipe
 
+    def say(line: str) -> None:
+        notes.print(line, markup=False, soft_wrap=True)
+
     with progress() as bar:
-        crashed = run_recipe(wanted, folder, progress=bar, say=lambda line: notes.print(line, markup=False, soft_wrap=True))
-    page = build_report(folder)
+        return folder, run_recipe(wanted, folder, progress=bar, say=say, workers=count, ray=ray)
+
+
+def read_workers(text: str | None, *, is_cluster: bool = False) -> int | None:
+    """What ``--workers`` says: a number, or None for ``auto``. Left out it is 1, on a cluster ``auto``.
+
+    Raises:
+        UserError: neither.
+    """
+    text = text or ("auto" if is_cluster else "1")
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"'{text}' came for --workers; a number of processes (1 or more) or auto is wanted, as in --workers 2.")
+    return int(text)
+
+
+def show_results(folder: Path, pages: dict[str, Path], crashed: int) -> None:
+    """The summary, the pages, and exit code 1 if a cell crashed."""
+    from alula.cli.screen import notes, results
     from alula.cli.tables import summary_table
 
     results.print(summary_table(folder))
-    results.print(f"Report: {page}", markup=False, soft_wrap=True)
+    for label, page in pages.items():
+        results.print(f"{label}: {page}", markup=False, soft_wrap=True)
     if crashed:
         cells = "1 cell" if crashed == 1 else f"{crashed} cells"
         notes.print(f"{cells} crashed; the report says why. The same command again tries only what is not done.", soft_wrap=True)

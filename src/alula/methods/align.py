@@ -1,11 +1,10 @@
 """Alignment: only the connector trains, so that a frozen backbone can read a frozen encoder."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from alula.data.stream import Task
 from alula.methods.base import METHODS, Method, Stage
 from alula.models.anatomy import anatomy
-from alula.objectives.next_token import next_token_loss
 
 
 @METHODS.register("align")
@@ -20,8 +19,3 @@ class Align(Method):
         parts = anatomy(model)
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(parts.part_of(path) == "connector")
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}

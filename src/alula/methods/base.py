@@ -1,16 +1,20 @@
 """What a continual-learning method is: verbs the training loop calls. A method owns no optimizer, loop, device, logging or file."""
 
 import contextlib
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
+from alula.errors import UserError
+from alula.mixture import Mixtures
+from alula.objectives.next_token import next_token_loss
 from alula.registry import Registry
 
 if TYPE_CHECKING:  # the training room lies below this one; only its settings' type is named here
@@ -64,11 +68,17 @@ class Stage:
         return self.rates[max(holding, key=len)] if holding else self.learning_rate
 
 
+def plain_logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch tokens vocab"]:
+    """The scores of `model` for `batch`, in one forward without a cache; `labels` are kept from it."""
+    return model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+
+
 class Method(ABC):
-    """A continual-learning method. Only `loss` must be written; every other verb is optional.
+    """A continual-learning method. Every verb is optional; most methods write `begin_stage`.
 
     Order of calls: ``arrange``; then for each task ``begin_task``, for each of its ``stages`` ``begin_stage``,
-    ``training_data``, (``loss``, ``before_step``) per step or ``observe`` per batch, ``end_stage``; then ``end_task``.
+    ``training_data``, (``loss``: ``logits`` and their ``parts``; ``before_step``) per step or ``observe`` per batch,
+    ``end_stage``; then ``end_task``.
 
     Resumption: structure (new modules) is made in ``begin_task`` and ``begin_stage``, values in the steps and in the
     ``end_`` verbs. On a fresh model the loop calls ``rebuild`` for finished tasks and the ``begin_`` verbs for the
@@ -76,13 +86,23 @@ class Method(ABC):
     values (a teacher, say) belongs into ``state_dict``.
 
     Attributes:
+        shares_parameters: every task goes on training the same parameters; False: each task has parameters of its own.
+        mixtures: the mixtures that the method works with, if it does.
         trained: names of all parameters that ever had gradients; kept up by the training loop.
     """
+
+    shares_parameters: ClassVar[bool] = True
+    mixtures: Mixtures | None = None
 
     def __init__(self, model: nn.Module, *, settings: "TrainSettings") -> None:
         del model  # subclasses look at it, attach modules, freeze
         self.settings = settings
         self.trained: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """What tells this method's checkpoints from those of another."""
+        return type(self).__name__
 
     def arrange(self, stream: Stream) -> Stream:
         """The stream as this method learns it."""
@@ -103,9 +123,28 @@ class Method(ABC):
         """The samples a stage of `task` draws from; asked once per stage, after `begin_stage`."""
         return task.train
 
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch tokens vocab"]:
+        """What the model says to `batch` while it learns."""
+        return plain_logits(model, batch)
+
+    def parts(self, model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
         """Named parts of the loss, each a mean over the targets of `batch`; the loop adds and weights them."""
+        return {"next_token": next_token_loss(logits, batch["labels"])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The `parts` of the `logits`: write those two, then other things can be added to the method."""
+        return self.parts(model, batch, self.logits(model, batch))
+
+    def base_model(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block in which `model` gives the logits of the untouched base, bit for bit.
+
+        Raises:
+            UserError: the method trains the base's own weights.
+        """
+        raise UserError(
+            f"{type(self).__name__} trains the model's own weights, so the base model is not in it any more. "
+            "Use a method that only adds to the model (LoRA, prefixes, learners), or keep a copy as the teacher (teacher: previous)."
+        )
 
     def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         """Takes statistics from one batch of a forward-only stage, without gradients.

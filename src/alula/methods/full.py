@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.errors import UserError
 from alula.methods.base import METHODS, Method, Stage
 from alula.models.anatomy import anatomy
-from alula.objectives.next_token import next_token_loss
 from alula.training.settings import TrainSettings
 
 
@@ -35,7 +34,7 @@ class FullDecoder(Method):
         roots = anatomy(model).connector
         if connector and not roots:
             raise UserError(f"connector: true came, but {type(model).__name__} has no connector that is known. Leave the option out.")
-        self.parts = ("decoder", "connector") if connector else ("decoder",)
+        self.training_parts = ("decoder", "connector") if connector else ("decoder",)
         self.rates: dict[str, float] = {}
         if connector_learning_rate is not None:
             rate = float(connector_learning_rate)  # YAML reads 1e-5 as text
@@ -54,12 +53,7 @@ class FullDecoder(Method):
         """Freezes all but the decoder and, if asked, the connector."""
         parts = anatomy(model)
         for path, parameter in model.named_parameters():
-            parameter.requires_grad_(parts.part_of(path) in self.parts)
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}
+            parameter.requires_grad_(parts.part_of(path) in self.training_parts)
 
 
 @METHODS.register("finetune_full")

@@ -1,15 +1,15 @@
 """Sequential fine-tuning of one low-rank update: the baseline that forgets."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from alula.context import Routing
+from alula.context import OFF, Routing
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.methods.base import METHODS, Method, Stage
 from alula.mixture import Mixtures, attach
-from alula.objectives.next_token import next_token_loss
 from alula.training.settings import TrainSettings
 
 EXPERT = "shared"
@@ -42,10 +42,9 @@ class OneLoRA(Method):
         """Trains the shared expert."""
         self.mixtures.train_expert(EXPERT)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}
+    def base_model(self, model: nn.Module) -> AbstractContextManager[None]:
+        """No expert speaks."""
+        return self.mixtures.using(OFF)
 
 
 @METHODS.register("finetune")

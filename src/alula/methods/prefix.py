@@ -1,6 +1,7 @@
 """Prefix tuning: the model stays as it is, each layer sees a few learnt keys and values before its own."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -9,7 +10,6 @@ from alula.data.stream import Task
 from alula.data.tasks import general_prompts
 from alula.methods.base import METHODS, Method, Stage
 from alula.mixture.prefix import attach_prefixes
-from alula.objectives.next_token import next_token_loss
 from alula.training.settings import TrainSettings
 
 START = "start"
@@ -65,7 +65,14 @@ class Prefix(Method):
         """Gives the prefix the activations of `batch`."""
         self.prefixes.fill(batch)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}
+    @contextlib.contextmanager
+    def base_model(self, model: nn.Module) -> Iterator[None]:
+        """No prefix is seen."""
+        before = {prefix: prefix.speaks for prefix in self.prefixes.sites.values()}
+        for prefix in before:
+            prefix.speaks = False
+        try:
+            yield
+        finally:
+            for prefix, speaks in before.items():
+                prefix.speaks = speaks

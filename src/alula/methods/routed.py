@@ -2,18 +2,18 @@
 
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from alula.context import BASE, Routing
+from alula.context import BASE, OFF, Routing
 from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks import general_prompts
 from alula.errors import UserError
 from alula.methods.base import METHODS, Arm, Method, Stage
 from alula.mixture import Mixtures, attach, observe
-from alula.objectives.next_token import next_token_loss
 from alula.routers.named import ROUTINGS
 from alula.training.settings import TrainSettings
 
@@ -37,6 +37,8 @@ class Routed(Method):
     Source: arXiv 2511.01831 (*reconstructed* from PHATGOOSE, arXiv 2402.05859); the analytic router is ours.
     """
 
+    shares_parameters = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,7 +58,7 @@ class Routed(Method):
         for arm in arms:
             if arm not in (*ROUTINGS, ORACLE, UNIFORM):
                 raise UserError(f"Unknown arm '{arm}'. Known: {', '.join((*ROUTINGS, ORACLE, UNIFORM))}.")
-        self.mixtures = mixtures or attach(model, linears=linears, layers=layers)
+        self.mixtures: Mixtures = mixtures or attach(model, linears=linears, layers=layers)
         self.rank, self.alpha = rank, alpha
         self.arm_names = tuple(arms)
         self.gate_steps, self.gate_learning_rate = gate_steps, gate_learning_rate
@@ -77,9 +79,9 @@ class Routed(Method):
     def stages(self, task: Task) -> tuple[Stage, ...]:
         """Expert, gate if an arm needs it, statistics if one needs them."""
         settings = self.settings
-        stages = [Stage(name="expert", steps=settings.steps, learning_rate=settings.learning_rate)]
+        stages = [Stage(name="expert", steps=settings.steps * task.num_merged, learning_rate=settings.learning_rate)]
         if any(routing.router == "gate" for routing in self._routings):
-            stages.append(Stage(name="gate", steps=self.gate_steps, learning_rate=self.gate_learning_rate))
+            stages.append(Stage(name="gate", steps=self.gate_steps * task.num_merged, learning_rate=self.gate_learning_rate))
         if any(routing.router == "analytic" or routing.level == "combined" for routing in self._routings):
             count = min(self.statistics_samples, len(task.train))
             stages.append(self._forward_only("statistics", count))
@@ -107,10 +109,9 @@ class Routed(Method):
         else:
             self.mixtures.freeze()
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}
+    def base_model(self, model: nn.Module) -> AbstractContextManager[None]:
+        """No expert speaks."""
+        return self.mixtures.using(OFF)
 
     def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         """Adds a batch to the sums of the task, or of the base model (so that prompts of no task can go there)."""

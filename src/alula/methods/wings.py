@@ -1,15 +1,17 @@
 """WINGS as a continual-learning method: learners beside attention, in the two published stages."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.learners import Learners, attach_learners
-from alula.methods.base import METHODS, Method, Stage
-from alula.objectives.next_token import next_token_loss
+from alula.methods.base import METHODS, Method, Stage, plain_logits
 from alula.training.settings import TrainSettings
 
 ALIGN, TUNE = "visual", "learners"
@@ -17,8 +19,10 @@ ALIGN, TUNE = "visual", "learners"
 
 @METHODS.register("wings")
 class Wings(Method):
-    """Stage 1 trains the connector and the visual learners, added with weight 1 and without a router, on samples with
-    images; stage 2 trains both learners and the router, with the connector and, if asked, the backbone.
+    """Visual and textual learners beside attention, trained in the two published stages.
+
+    Stage 1 trains the connector and the visual learners, added with weight 1 and without a router, on samples with images;
+    stage 2 trains both learners and the router, with the connector and, if asked, the backbone.
 
     Args:
         visual_ratio: share (0-1) of a task's steps that go into stage 1; without a visual learner, or without images, all
@@ -52,7 +56,9 @@ class Wings(Method):
         **options: Any,
     ) -> None:
         super().__init__(model, settings=settings)
-        self.learners = learners or attach_learners(model, **options)
+        with torch.random.fork_rng(devices=[]):  # the learners' first values follow from the seed alone
+            torch.default_generator.manual_seed(settings.seed)
+            self.learners = learners or attach_learners(model, **options)
         self.visual_ratio, self.connector = visual_ratio, connector
         self.visual_rate, self.connector_rate, self.backbone_rate = visual_learning_rate, connector_learning_rate, backbone_learning_rate
         self._stage = TUNE
@@ -95,12 +101,21 @@ class Wings(Method):
         else:
             self.learners.train(*self.learners.config.modalities)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Next-token cross-entropy over the targets; in stage 1 the visual learner speaks alone and unrouted."""
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch tokens vocab"]:
+        """In stage 1 the visual learner speaks alone and unrouted."""
         speaking = ("image",) if self._stage == ALIGN else self.learners.config.modalities
         with self.learners.using(*speaking, routed=self._stage == TUNE):
-            logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-        return {"next_token": next_token_loss(logits, batch["labels"])}
+            return plain_logits(model, batch)
+
+    def base_model(self, model: nn.Module) -> AbstractContextManager[None]:
+        """No learner speaks.
+
+        Raises:
+            UserError: connector or backbone train.
+        """
+        if self.connector or self.backbone_rate is not None:
+            return super().base_model(model)
+        return self.learners.using()
 
     def trained_with(self, model: nn.Module) -> dict[str, Tensor]:
         """What was trained besides learners and routers: connector, backbone."""

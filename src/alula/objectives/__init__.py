@@ -1,5 +1,7 @@
 """Losses as pure functions: tensors in, one scalar out. They know no model, no method and no loop."""
 
+from alula.objectives.distillation import distillation_loss
 from alula.objectives.next_token import next_token_loss, num_targets
+from alula.objectives.soft_targets import soft_target_loss
 
-__all__ = ["next_token_loss", "num_targets"]
+__all__ = ["distillation_loss", "next_token_loss", "num_targets", "soft_target_loss"]

@@ -11,16 +11,19 @@ from rich.progress import Progress
 from torch import nn
 
 from alula.data.collate import Collator
-from alula.data.stream import Stream, Task
+from alula.data.stream import Stream, Task, merge_tasks
 from alula.errors import UserError
 from alula.evaluation.evaluate import evaluate_task
 from alula.evaluation.scores import Prediction, score_task
 from alula.files import read_jsonl, write_json, write_jsonl
-from alula.methods import METHODS, Arm, Method
+from alula.methods import METHODS, Arm, Method, compose
+from alula.running.attention import keep_attention_shift
 from alula.running.diagnosis import diagnose
 from alula.training import Trainer, TrainSettings
 
 BASE_ARM = "default"
+JOINT = "joint"
+ORDER, DONE, CRASHED = "order.json", "done.json", "crashed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,10 @@ class Cell:
 
     Attributes:
         base_folder: where row 0 (the untouched model's predictions) is kept for all cells of the run.
+        attention_shift: test samples of which the attention shift is measured before and after learning.
+        tasks: their order; empty: that of the stream.
+        joint: train on all tasks at once.
+        additions: what is added to the method: names and options, in the order in which they work.
     """
 
     method: str
@@ -40,9 +47,18 @@ class Cell:
     batch_size: int
     future_tasks: bool = True
     examples: int = 0
+    attention_shift: int = 0
     trackers: tuple[str, ...] = ()
     identity: str = ""
     label: str = ""
+    tasks: tuple[str, ...] = ()
+    joint: bool = False
+    additions: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, unlike that of any other cell of the run."""
+        return self.folder.name
 
     @property
     def shown(self) -> str:
@@ -52,7 +68,7 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether every row was scored."""
-        return (self.folder / "done.json").exists()
+        return (self.folder / DONE).exists()
 
 
 def run_cell(cell: Cell, stream: Stream, load: Callable[[], tuple[nn.Module, Any]], *, progress: Progress | None = None) -> None:
@@ -65,11 +81,16 @@ def run_cell(cell: Cell, stream: Stream, load: Callable[[], tuple[nn.Module, Any
         UserError: whatever the data, the method's options or the training make impossible.
     """
     started = time.time()
+    if cell.tasks:
+        write_json(cell.folder / ORDER, {"tasks": list(cell.tasks)})
+    stream = in_order(stream, cell.tasks)
     model, processor = load()
     collator = Collator(processor)
     book = ScoreBook(cell, stream, model, collator, progress=progress)
     book.score_base()
-    method = make_method(cell, model)
+    shift: dict[str, Any] = {"folder": cell.folder, "num_samples": cell.attention_shift}
+    keep_attention_shift(model, collator, stream, row=0, arm=None, **shift)
+    method = make_method(cell, model, collator)
     trainer = Trainer(
         model,
         method,
@@ -80,25 +101,28 @@ def run_cell(cell: Cell, stream: Stream, load: Callable[[], tuple[nn.Module, Any
         progress=progress,
         identity=cell.identity,
     )
-    for learnt in trainer.learn(stream):
+    learning = Stream(tasks=(merge_tasks(stream),), base_tasks=stream.base_tasks) if cell.joint else stream
+    for learnt in trainer.learn(learning):
         book.keep_cost(learnt.cost.row())
         for arm in method.arms():
             book.score_row(learnt.index + 1, learnt.task.name, arm)
+    keep_attention_shift(model, collator, stream, row=len(learning.tasks), arm=method.arms()[0], **shift)
     diagnose(method, model, collator, stream, folder=cell.folder, num_examples=cell.examples)
-    write_json(cell.folder / "done.json", {"finished": True, "seconds_of_this_process": round(time.time() - started, 1)})
+    write_json(cell.folder / DONE, {"finished": True, "seconds_of_this_process": round(time.time() - started, 1)})
 
 
-def make_method(cell: Cell, model: nn.Module) -> Method:
-    """The cell's method on `model`.
+def make_method(cell: Cell, model: nn.Module, collator: Collator) -> Method:
+    """The cell's method on `model`, with its additions.
 
     Raises:
-        UserError: an unknown method, or options it does not take.
+        UserError: an unknown method or addition, options it does not take, or an addition that does not fit the method.
     """
     kind = METHODS[cell.method]
     try:
-        return kind(model, settings=cell.settings, **cell.options)
+        method = kind(model, settings=cell.settings, **cell.options)
     except TypeError as error:
         raise UserError(f"Method '{cell.method}' cannot be made with {dict(cell.options)}: {error}. Correct its options.") from error
+    return compose(model, method, cell.additions, collator=collator) if cell.additions else method
 
 
 class ScoreBook:
@@ -128,7 +152,7 @@ class ScoreBook:
 
     def score_row(self, row: int, after: str, arm: Arm) -> None:
         """All tasks after task `after`, used the way of `arm`."""
-        seen = [task.name for task in self.stream.tasks[:row]] if after != "joint" else [task.name for task in self.stream.tasks]
+        seen = [task.name for task in self.stream.tasks[:row]] if after != JOINT else [task.name for task in self.stream.tasks]
         for task in self._tasks():
             if not (task.is_base or task.name in seen or self.cell.future_tasks):
                 continue
@@ -136,7 +160,7 @@ class ScoreBook:
             started = time.perf_counter()
             if path.exists():
                 found = read_jsonl(path)
-            elif arm.is_settled and task.name != after:
+            elif arm.is_settled and after not in (JOINT, task.name):
                 former = self._path(seen.index(task.name) + 1, arm.name, task) if task.name in seen else self._path(0, BASE_ARM, task)
                 found = read_jsonl(former)
             else:
@@ -183,12 +207,26 @@ class ScoreBook:
         write_jsonl(self._path(row, arm, task), found)
         predictions = [Prediction(**{**line, "options": tuple(line.get("options", ()))}) for line in found]
         score = score_task(task, predictions)
-        line = {"row": row, "after": after, "arm": arm, "task": task.name, "is_base": task.is_base, **vars(score)}
+        line = {
+            "row": row,
+            "after": after,
+            "arm": arm,
+            "task": task.name,
+            "is_base": task.is_base,
+            "is_probe": task.is_probe,
+            **vars(score),
+        }
         known = self._rows.get((row, arm, task.name), {}).get("seconds", 0.0)  # a row read back took its time before
         self._rows[row, arm, task.name] = {**line, "seconds": round(max(known, seconds), 2)}
 
     def _write(self) -> None:
         write_jsonl(self.cell.folder / "scores.jsonl", self._rows.values())
+
+
+def in_order(stream: Stream, names: Sequence[str]) -> Stream:
+    """`stream` with its tasks in the order of `names`; as it is for no names."""
+    tasks = {task.name: task for task in stream.tasks}
+    return replace(stream, tasks=tuple(tasks[name] for name in names)) if names else stream
 
 
 def limited(task: Task, *, train_size: int | None, test_size: int | None) -> Task:

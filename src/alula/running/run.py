@@ -1,28 +1,27 @@
-"""A recipe's cells, one after another; what is done is skipped, what crashed is written down as crashed."""
+"""A recipe's cells, one after another or several at once; what is done is skipped, what crashed is written down as crashed."""
 
-import hashlib
+import contextlib
 import importlib.metadata
 import os
 import platform
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.progress import Progress
-from torch import nn
 
-from alula.config import MethodChoice, Recipe, TaskChoice, check_recipe, write_recipe
+from alula.config import Recipe, TaskChoice, check_recipe, write_recipe
 from alula.data.readers import check_images, read_task, read_test
 from alula.data.stream import Stream, Task
 from alula.data.tasks import load_task
 from alula.errors import UserError
 from alula.files import write_json, write_text
-from alula.methods import METHODS
 from alula.models import load_model
 from alula.running.cell import Cell, limited, run_cell
-from alula.training import TrainSettings
+from alula.running.cells import attempt, has_base, list_cells
+from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
 
 RECIPE, VERSIONS = "recipe.yaml", "versions.json"
 
@@ -61,42 +60,72 @@ def load_stream(recipe: Recipe) -> Stream:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, progress: Progress | None = None, say: Callable[[str], None] = print, fail_fast: bool = False
+    recipe: Recipe,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+    fail_fast: bool = False,
+    workers: int | None = 1,
+    ray: str | None = None,
 ) -> int:
     """Runs all cells (seed by seed, so that a cut run is balanced) into `folder` and gives the number that crashed.
 
+    A cell gives the same numbers to the bit wherever it runs, as long as its process has as many threads.
+
     Args:
         say: is told one line per cell.
-        fail_fast: let the first crash through.
+        fail_fast: let the first crash through; for cells in this process only.
+        workers: cells at once. One runs in this process, several in processes of their own, which share its threads. None:
+            as many as memory and cores allow; on Ray, one for each GPU, or for each machine where there are none.
+        ray: the address of a Ray cluster whose machines all see `folder`; None: this machine.
 
     Raises:
-        UserError: `folder` holds a run of another recipe, a method is unknown, or the stream cannot be loaded; nothing is
-            written then.
+        UserError: `folder` holds a run of another recipe, a method is unknown, the stream cannot be loaded, or there is no
+            such cluster; nothing is written then.
     """
-    for choice in recipe.methods:
-        METHODS[choice.name]
+    cells = list_cells(recipe, folder)
     stream = load_stream(recipe)
-    start_folder(recipe, folder)
-    crashed = 0
-    for seed in recipe.seeds:
-        for choice in recipe.methods:
-            cell = make_cell(recipe, choice, seed, folder)
-            name = cell.folder.name
+    with contextlib.ExitStack() as stack:
+        launcher = stack.enter_context(launching(recipe, folder, workers=workers, ray=ray, most=len(cells)))
+        start_folder(recipe, folder)
+        for cell in cells:
             if cell.is_done:
-                say(f"{name}: done already")
-                continue
-            say(f"{name}: running")
-            try:
-                run_cell(cell, stream, lambda: _load(recipe), progress=progress)
-                (cell.folder / "crashed.json").unlink(missing_ok=True)
-                say(f"{name}: done")
-            except Exception as error:  # a crash of one cell must not lose the others; it is shown as crashed
-                if fail_fast:
-                    raise
-                crashed += 1
-                trace = "" if isinstance(error, UserError) else traceback.format_exc()
-                write_json(cell.folder / "crashed.json", {"error": f"{type(error).__name__}: {error}", "trace": trace})
-                say(f"{name}: crashed: {error}")
+                say(f"{cell.name}: done already")
+        todo = [cell for cell in cells if not cell.is_done]
+        if launcher is None:
+            return _run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast)
+        names = [task.name for task in (*stream.tasks, *stream.base_tasks)]
+        return dispatch(todo, launcher, has_base=lambda: has_base(folder, names), say=say)
+
+
+@contextlib.contextmanager
+def launching(recipe: Recipe, folder: Path, *, workers: int | None, ray: str | None, most: int) -> Iterator[Launcher | None]:
+    """Where at most `most` cells run at once; None: one after another in this process. See `run_recipe`."""
+    if ray is not None:
+        from alula.running.on_ray import RayTasks, connected
+
+        with connected(ray) as cluster:
+            yield RayTasks(cluster, folder, workers=workers)
+        return
+    count = affordable_workers(recipe, most=most) if workers is None else workers
+    yield Processes(folder, workers=count) if count > 1 else None
+
+
+def _run_here(
+    recipe: Recipe, cells: Sequence[Cell], stream: Stream, *, progress: Progress | None, say: Callable[[str], None], fail_fast: bool
+) -> int:
+    crashed = 0
+    for cell in cells:
+        say(f"{cell.name}: running")
+        run = partial(run_cell, cell, stream, lambda: load_model(recipe.model, dtype=recipe.dtype), progress=progress)
+        error = None
+        if fail_fast:
+            run()
+        else:
+            error = attempt(cell, run)
+        crashed += error is not None
+        say(f"{cell.name}: done" if error is None else f"{cell.name}: crashed: {error}")
     return crashed
 
 
@@ -126,27 +155,3 @@ def _is_same(recipe: Recipe, kept: Path) -> bool:
         return check_recipe(yaml.safe_load(kept.read_text(encoding="utf-8"))) == recipe
     except (UserError, yaml.YAMLError, UnicodeDecodeError):
         return False
-
-
-def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path) -> Cell:
-    """The cell of one method and seed."""
-    settings = TrainSettings(**{**recipe.train.model_dump(), **choice.train, "seed": seed})
-    is_first = seed == recipe.seeds[0]
-    return Cell(
-        method=choice.name,
-        label=choice.shown,
-        seed=seed,
-        settings=settings,
-        options=choice.options,
-        folder=folder / "cells" / f"{choice.shown}-seed{seed}",
-        base_folder=folder / "base",
-        batch_size=recipe.evaluation.batch_size,
-        future_tasks=recipe.evaluation.future_tasks,
-        examples=recipe.examples if is_first else 0,
-        trackers=tuple(recipe.trackers),
-        identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}".encode()).hexdigest(),
-    )
-
-
-def _load(recipe: Recipe) -> tuple[nn.Module, Any]:
-    return load_model(recipe.model, dtype=recipe.dtype)

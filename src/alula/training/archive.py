@@ -23,7 +23,7 @@ CONVENIENCES = {"save_every", "log_every", "num_workers"}
 def recipe_of(settings: TrainSettings, method: Method, stream: Stream, *, identity: str) -> dict:
     """What makes a run this run, as JSON."""
     tasks = [f"{task.name} ({len(task.train)} samples)" for task in stream.tasks]
-    return {**settings.model_dump(exclude=CONVENIENCES), "method": type(method).__name__, "tasks": tasks, "identity": identity}
+    return {**settings.model_dump(exclude=CONVENIENCES), "method": method.name, "tasks": tasks, "identity": identity}
 
 
 def begin_task(method: Method, model: nn.Module, task: Task, *, seed: int, device: torch.device) -> None:

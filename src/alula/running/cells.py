@@ -1,0 +1,110 @@
+"""Which cells a recipe has: method x seed x order. A cell's name and the run folder are all that another process needs to run it."""
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from alula.config import MethodChoice, Recipe
+from alula.errors import UserError, nearest
+from alula.files import write_json
+from alula.methods import ADDITIONS, METHODS, Method
+from alula.running.cell import CRASHED, Cell
+from alula.training import TrainSettings
+
+
+def list_cells(recipe: Recipe, folder: Path) -> list[Cell]:
+    """Every cell, seed by seed and order by order, so that a cut run is balanced.
+
+    Raises:
+        UserError: an unknown method or addition, or ``joint: true`` for a method that arranges its stream itself.
+    """
+    check_methods(recipe)
+    return [
+        make_cell(recipe, choice, seed, folder, order=order)
+        for seed in recipe.seeds
+        for order in range(len(recipe.orders) or 1)
+        for choice in recipe.methods
+        if order in recipe.orders_of(choice)
+    ]
+
+
+def find_cell(recipe: Recipe, folder: Path, name: str) -> Cell:
+    """The cell whose folder has that name.
+
+    Raises:
+        UserError: the recipe has no such cell.
+    """
+    cells = {cell.name: cell for cell in list_cells(recipe, folder)}
+    if name not in cells:
+        raise UserError(f"Unknown cell '{name}'. {nearest(name, cells)}")
+    return cells[name]
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Refuses methods that are unknown or cannot be run as asked.
+
+    Raises:
+        UserError: see `list_cells`.
+    """
+    for choice in recipe.methods:
+        kind = METHODS[choice.name]
+        for addition in choice.additions:
+            ADDITIONS[addition.name]
+        if choice.joint and kind.arrange is not Method.arrange:
+            raise UserError(
+                f"Method '{choice.name}' came with joint: true, but it arranges its stream itself. Take 'joint' out, or use another method."
+            )
+
+
+def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, order: int = 0) -> Cell:
+    """The cell of one method, seed and order."""
+    settings = TrainSettings(**{**recipe.train.model_dump(), **choice.train, "seed": seed})
+    is_first = seed == recipe.seeds[0] and order == recipe.orders_of(choice)[0]
+    suffix = f"-order{order}" if order else ""
+    return Cell(
+        method=choice.name,
+        label=choice.shown,
+        seed=seed,
+        tasks=tuple(recipe.order(order)) if recipe.orders else (),
+        joint=choice.joint,
+        additions=tuple((addition.name, addition.options) for addition in choice.additions),
+        settings=settings,
+        options=choice.options,
+        folder=folder / "cells" / f"{choice.shown}-seed{seed}{suffix}",
+        base_folder=base_folder(folder),
+        batch_size=recipe.evaluation.batch_size,
+        future_tasks=recipe.evaluation.future_tasks,
+        examples=recipe.examples if is_first else 0,
+        attention_shift=recipe.evaluation.attention_shift,
+        trackers=tuple(recipe.trackers),
+        # label, order and joint are no part of it: the folder and the names of the tasks tell those apart
+        identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}{choice.additions or ''}".encode()).hexdigest(),
+    )
+
+
+def base_folder(folder: Path) -> Path:
+    """Where row 0, the untouched model's predictions, is kept for all cells of a run."""
+    return folder / "base"
+
+
+def has_base(folder: Path, names: Iterable[str]) -> bool:
+    """Whether row 0 is measured on all tasks of these names."""
+    return all((base_folder(folder) / f"{name}.jsonl").exists() for name in names)
+
+
+def attempt(cell: Cell, run: Callable[[], None]) -> str | None:
+    """Runs a cell; a crash is written into its folder and given back as a sentence, so that it loses no other cell."""
+    (cell.folder / CRASHED).unlink(missing_ok=True)
+    try:
+        run()
+    except Exception as error:
+        trace = "" if isinstance(error, UserError) else traceback.format_exc()
+        write_crash(cell, f"{type(error).__name__}: {error}", trace=trace)
+        return str(error)
+    return None
+
+
+def write_crash(cell: Cell, error: str, *, trace: str = "") -> None:
+    """Puts down what a cell crashed with."""
+    write_json(cell.folder / CRASHED, {"error": error, "trace": trace})

@@ -1,0 +1,440 @@
+"""Methods x seeds x orders: which cells there are, that they give the same numbers wherever they run, and what the page says of them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import run_folder
+from alula.cli.app import app
+from alula.config import check_recipe, write_recipe
+from alula.errors import UserError
+from alula.files import read_json, read_jsonl, write_json
+from alula.report.comparison import build_comparison, new_skill
+from alula.report.pairs import pairs_of
+from alula.report.pareto import Spot, front, scatter, span
+from alula.report.reading import read_run
+from alula.report.series import series_of
+from alula.running import parallel
+from alula.running.cells import find_cell, list_cells
+from alula.running.parallel import Processes, affordable_workers, dispatch, threads_each
+from alula.running.run import run_recipe, start_folder
+from zoo import build
+
+ORDERS = [["easy_vqa", "digits"], ["digits", "easy_vqa"]]
+LORA = {"name": "finetune", "options": {"rank": 2, "layers": [1]}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny random LLaVA and its processor."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model, processor = build("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def recipe(tiny, **changes):
+    raw = {
+        "model": str(tiny),
+        "tasks": [{"name": "easy_vqa", "train_size": 8, "test_size": 4}, {"name": "digits", "train_size": 8, "test_size": 4}],
+        "base_tasks": [{"name": "capital", "test_size": 3}],
+        "orders": ORDERS,
+        "methods": [LORA, {**LORA, "label": "together", "joint": True}],
+        "train": {"steps": 1, "batch_size": 4, "learning_rate": 1e-2},
+    }
+    return check_recipe({**raw, **changes})
+
+
+@pytest.fixture(scope="module")
+def serial(tiny, tmp_path_factory):
+    """Three cells, one after another in this process, with the one thread that each of two workers has on a small machine."""
+    folder, threads = tmp_path_factory.mktemp("serial"), torch.get_num_threads()
+    methods = [LORA, {**LORA, "label": "together", "joint": True}, {"name": "joint", "options": LORA["options"], "orders": [0]}]
+    torch.set_num_threads(1)
+    try:
+        assert run_recipe(recipe(tiny, methods=methods), folder, say=lambda line: None, fail_fast=True) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Workers have one thread each, whatever the machine."""
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+
+
+def measured(cell):
+    """Everything that was measured in a cell, byte for byte; of scores all but the clock."""
+    found = {str(path.relative_to(cell)): path.read_bytes() for path in sorted(cell.rglob("predictions/**/*.jsonl"))}
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(cell / "scores.jsonl")]
+    return found, rows, read_jsonl(cell / "losses.jsonl")
+
+
+def test_the_cells_are_methods_x_seeds_x_orders(tmp_path):
+    methods = ["finetune", {"name": "routed", "orders": [1]}, {"name": "finetune", "label": "together", "joint": True}]
+    raw = {"tasks": ["easy_vqa", "digits"], "orders": ORDERS, "methods": methods, "seeds": [0, 5]}
+    cells = {cell.name: cell for cell in list_cells(check_recipe(raw), tmp_path)}
+    assert list(cells) == [
+        *("finetune-seed0", "together-seed0", "finetune-seed0-order1", "routed-seed0-order1"),
+        *("finetune-seed5", "together-seed5", "finetune-seed5-order1", "routed-seed5-order1"),
+    ]
+    assert cells["routed-seed5-order1"].tasks == ("digits", "easy_vqa")
+    assert cells["together-seed0"].joint
+    assert find_cell(check_recipe(raw), tmp_path, "finetune-seed5-order1").seed == 5
+    with pytest.raises(UserError, match="Did you mean 'finetune-seed0'"):
+        find_cell(check_recipe(raw), tmp_path, "finetune-sed0")
+
+
+def test_without_orders_the_cells_are_named_and_made_as_ever(tmp_path):
+    plain = check_recipe({"tasks": ["easy_vqa", "digits"], "methods": ["finetune"]})
+    (cell,) = list_cells(plain, tmp_path)
+    assert (cell.name, cell.tasks, cell.joint) == ("finetune-seed0", (), False)
+    assert repr(plain.methods[0]) == "MethodChoice(name='finetune', options={}, train={})"  # what checkpoints are known by
+
+
+def test_a_method_that_arranges_its_stream_itself_is_not_made_joint(tmp_path):
+    raw = {"tasks": ["easy_vqa"], "methods": [{"name": "joint", "joint": True}]}
+    with pytest.raises(UserError, match="arranges its stream itself"):
+        list_cells(check_recipe(raw), tmp_path)
+
+
+def test_each_order_is_learnt_as_it_says(serial):
+    for order, tasks in enumerate(ORDERS):
+        cell = serial / "cells" / ("finetune-seed0" + (f"-order{order}" if order else ""))
+        assert read_json(cell / "order.json") == {"tasks": tasks}
+        after = {row["row"]: row["after"] for row in read_jsonl(cell / "scores.jsonl")}
+        assert after == {0: None, 1: tasks[0], 2: tasks[1]}
+        assert [row["task"] for row in read_jsonl(cell / "cost.jsonl")] == tasks
+
+
+def test_joint_makes_of_finetune_what_the_method_joint_is(serial):
+    ours, theirs = serial / "cells" / "together-seed0", serial / "cells" / "joint-seed0"
+    assert not (serial / "cells" / "together-seed0-order1").exists()
+    assert {(row["row"], row["after"]) for row in read_jsonl(ours / "scores.jsonl")} == {(0, None), (1, "joint")}
+    assert [row["steps"] for row in read_jsonl(ours / "cost.jsonl")] == [2]
+    assert read_jsonl(ours / "losses.jsonl") == read_jsonl(theirs / "losses.jsonl")
+    rows = [[(row["task"], row["score"]) for row in read_jsonl(cell / "scores.jsonl")] for cell in (ours, theirs)]
+    assert rows[0] == rows[1]
+
+
+def test_two_workers_give_what_one_process_gives_to_the_bit_and_skip_what_is_done(tiny, serial, tmp_path, one_thread):
+    wanted, folder, said = recipe(tiny, methods=[LORA]), tmp_path / "run", []
+    assert run_recipe(wanted, folder, say=said.append, workers=2) == 0
+    for name in ("finetune-seed0", "finetune-seed0-order1"):
+        assert measured(folder / "cells" / name) == measured(serial / "cells" / name), name
+        assert not (folder / "cells" / name / "worker.log").exists()
+    assert {line.partition(": ")[2] for line in said} == {"running", "done"}
+    said.clear()
+    assert run_recipe(wanted, folder, say=said.append, workers=2) == 0
+    assert said == ["finetune-seed0: done already", "finetune-seed0-order1: done already"]
+
+
+class Killer(Processes):
+    """Kills the first cell as soon as it runs, as a system does that has no memory left."""
+
+    def start(self, cell):
+        super().start(cell)
+        if cell.name == "finetune-seed0":
+            os.kill(self._running[-1][1].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_is_a_crashed_cell_and_the_others_go_on(tiny, tmp_path):
+    methods = [LORA, {"name": "finetune", "label": "typo", "options": {"rnak": 2}}, {**LORA, "label": "good"}]
+    wanted, folder, said = recipe(tiny, methods=methods, orders=[]), tmp_path / "run", []
+    start_folder(wanted, folder)
+    cells = list_cells(wanted, folder)
+    assert dispatch(cells, Killer(folder, workers=3), has_base=lambda: True, say=said.append) == 2
+    killed, typo, good = (folder / "cells" / f"{name}-seed0" for name in ("finetune", "typo", "good"))
+    assert "ended from outside (SIGKILL)" in read_json(killed / "crashed.json")["error"]
+    assert "rnak" in read_json(typo / "crashed.json")["error"]
+    assert (good / "done.json").exists()
+    assert [line for line in said if "fewer --workers" in line]
+    assert not list(folder.rglob("*.part"))
+    assert {cell.name: cell.state for cell in read_run(folder).cells} == {
+        "finetune-seed0": "crashed",
+        "typo-seed0": "crashed",
+        "good-seed0": "finished",
+    }
+
+
+def test_until_row_zero_is_there_one_cell_runs_alone():
+    class Recorder:
+        limit, most = 3, 0
+
+        def __init__(self):
+            self.running = []
+
+        def start(self, cell):
+            self.running.append(cell)
+            if not rows:
+                assert len(self.running) == 1
+            Recorder.most = max(Recorder.most, len(self.running))
+
+        def ended(self):
+            rows.append(0)
+            return [(self.running.pop(0), None)]
+
+        def stop(self):
+            assert not self.running
+
+    rows, cells = [], list_cells(check_recipe({"tasks": ["easy_vqa"], "methods": ["finetune"], "seeds": [0, 1, 2, 3, 4]}), Path("x"))
+    assert dispatch(cells, Recorder(), has_base=lambda: bool(rows), say=lambda line: None) == 0
+    assert Recorder.most == 3
+
+
+def test_a_worker_ends_when_its_parent_is_gone():
+    start = "threading.Thread(target=_end_with_parent).start()"
+    code = f"import threading, time; from alula.running.worker import _end_with_parent; {start}; time.sleep(90)"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    worker.communicate(timeout=60)  # closes the pipe, as the end of the parent does
+    assert worker.returncode == 1
+
+
+def test_workers_share_memory_and_cores(tiny, monkeypatch):
+    assert affordable_workers(recipe(tiny), most=1) == 1
+    monkeypatch.setattr(parallel, "num_cores", lambda: 8)
+    monkeypatch.setattr(parallel, "free_memory", lambda: 5 * 2**30)
+    assert affordable_workers(recipe(tiny), most=9) == 4  # a tiny model: a bit over 1 GiB a cell
+    monkeypatch.setattr(parallel, "free_memory", lambda: 2**20)
+    assert affordable_workers(recipe(tiny), most=9) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [threads_each(count) for count in (1, 2, 3, 9)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(("option", "says"), [(("--workers", "0"), "(1 or more)"), (("--workers", "many"), "or auto is wanted")])
+def test_a_wrong_number_of_workers_is_told(option, says, tiny, tmp_path):
+    (tmp_path / "r.yaml").write_text(write_recipe(recipe(tiny)))
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), *option])
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_runs_what_is_missing_and_builds_both_pages(tiny, serial, tmp_path):
+    folder = shutil.copytree(serial, tmp_path / "run")
+    command = ["compare", str(folder / "recipe.yaml"), "--out", str(folder)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("done already") == 4
+    assert f"Comparison: {folder / 'compare.html'}" in result.stdout
+    text = (folder / "compare.html").read_text()
+    assert 'href="report.html"' in text
+    assert "together" in text
+    assert "Order 1: digits → easy_vqa" in text
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The address of a Ray cluster of one machine with two cores."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_a_ray_cluster_gives_what_this_process_gives(tiny, serial, tmp_path, cluster):
+    methods = [LORA, {"name": "finetune", "label": "typo", "options": {"rnak": 2}}]
+    (tmp_path / "r.yaml").write_text(write_recipe(recipe(tiny, methods=methods, orders=ORDERS[:1])))
+    command = ["compare", "r.yaml", "--out", "run", "--ray", cluster, "--workers", "2"]
+    code = "from alula.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "1 cell crashed" in done.stderr
+    assert measured(tmp_path / "run/cells/finetune-seed0") == measured(serial / "cells" / "finetune-seed0")
+    assert "rnak" in read_json(tmp_path / "run/cells/typo-seed0/crashed.json")["error"]
+
+
+def test_without_ray_the_option_says_what_to_install(monkeypatch):
+    from alula.running.on_ray import connected
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'alula\[cluster\]'"), connected("10.0.0.1:6379"):
+        pass
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_address_where_no_cluster_is_is_told_at_once():
+    pytest.importorskip("ray")
+    from alula.running.on_ray import connected
+
+    with pytest.raises(UserError, match="No Ray cluster at '127"), connected("127.0.0.1:1"):
+        pass
+
+
+class Page(HTMLParser):
+    """Headings that sort, the rows of the sortable table, and all words."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.heads, self.rows, self.words, self.addresses = [], [], [], []
+        self._in_ranked = self._in_style = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [value for name, value in attrs if name in ("href", "src")]
+        self._in_style |= tag in ("style", "script")
+        if tag == "table":
+            self._in_ranked = found.get("class") == "ranked"
+        if self._in_ranked and tag == "th" and "aria-sort" in found:
+            self.heads.append(found)
+        if self._in_ranked and tag == "tr":
+            self.rows.append([])
+        if self._in_ranked and tag == "td" and "data-sort" in found:
+            self.rows[-1].append(found["data-sort"])
+
+    def handle_endtag(self, tag):
+        self._in_style &= tag not in ("style", "script")
+
+    def handle_data(self, data):
+        if not self._in_style:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A run with invented answers: four methods, two seeds, two orders, one crashed cell and one unfinished."""
+    folder = run_folder.write_run(tmp_path_factory.mktemp("runs") / "a & b", with_routing=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "TASKS", ("shapes", "animals", "charts", "digits"))
+        for seed in (0, 1):
+            for method in ("finetune", "rehearsal"):
+                cell = folder / "cells" / f"{method}-seed{seed}-order1"
+                run_folder.write_cell(cell, method, seed, ("default",), with_routing=False)
+                write_json(cell / "order.json", {"tasks": list(run_folder.TASKS)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(compared):
+    return Page(build_comparison(compared).read_text(encoding="utf-8"))
+
+
+def test_the_table_can_be_sorted_by_every_column(page):
+    assert [head["aria-sort"] for head in page.heads].count("descending") == 1
+    assert {head["data-first"] for head in page.heads} == {"ascending", "descending"}
+    rows = [row for row in page.rows if row]
+    assert len(rows) == 6
+    assert all(len(row) == len(page.heads) - 1 for row in rows)  # the name sorts by its text
+    scores = [float(row[0]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert "" in {value for row in rows for value in row}  # joint has no backward transfer
+
+
+def test_the_verdict_says_what_is_noise_what_is_not_and_what_comes_back(compared, page):
+    assert "points are noise here" in page.text
+    by_name = {one.name: one for one in series_of(read_run(compared))}
+    pairs = pairs_of(list(by_name.values()))
+    clear = [pair for pair in pairs if not pair.is_noise]
+    assert f"Of {len(pairs)} pairs of series {len(clear)} can be told apart" in page.text
+    assert f"{sum(pair.is_reproduced for pair in clear)} of these {len(clear)} differences have the same sign" in page.text
+    pair = next(p for p in pairs if (p.first.name, p.second.name) == ("rehearsal", "finetune"))
+    assert (pair.num_cells, pair.num_same) == (4, 4)
+    assert pair.interval.low <= pair.gap <= pair.interval.high
+
+
+def test_crashed_cells_are_shown_with_the_first_line_of_their_reason(compared, page, tmp_path):
+    assert "wings-seed2" in page.text
+    assert "the loss is not finite at step 12" in page.text
+    copy = shutil.copytree(compared, tmp_path / "run")
+    write_json(copy / "cells" / "wings-seed2" / "crashed.json", {"error": "<b>first\nsecond line"})
+    text = build_comparison(copy).read_text(encoding="utf-8")
+    assert "&lt;b&gt;first" in text
+    assert "second line" not in text
+
+
+def test_the_page_asks_nothing_of_the_network_and_shows_every_plot(compared, page):
+    html = (compared / "compare.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|@import|url\(", html)
+    assert all((compared / address).exists() for address in page.addresses)
+    for title in ("Score kept against training time", "Score kept against what is stored", "Base forgetting against new skill"):
+        assert title in page.text
+    assert html.count('class="front"') >= 1
+    assert html.count('class="learnt-here"') == 2 * 4  # both orders, each task
+    assert "Order 1: shapes → animals → charts → digits" in page.text
+
+
+def test_new_skill_is_what_the_stream_added(compared):
+    one = next(one for one in series_of(read_run(compared)) if one.name == "finetune")
+    gains = []
+    for member in one.members:
+        rows = {(row["row"], row["task"]): row["score"] for row in read_jsonl(member.cell.folder / "scores.jsonl")}
+        gains.append(sum(rows[4, task] - rows[0, task] for task in run_folder.TASKS) / 4)
+    value, interval = new_skill(one)
+    assert value == pytest.approx(sum(gains) / 4)
+    assert interval.low <= value <= interval.high
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    (tmp_path / "cells" / "routed-seed0").mkdir(parents=True)
+    text = build_comparison(tmp_path).read_text(encoding="utf-8")
+    assert "No method has finished the stream yet" in text
+    assert "routed-seed0" in text
+
+
+def test_the_front_leaves_out_what_is_beaten_and_what_is_a_reference():
+    spots = [
+        Spot(label="cheap", colour=1, x=1, y=20),
+        Spot(label="beaten", colour=2, x=2, y=19),
+        Spot(label="good", colour=3, x=3, y=50),
+        Spot(label="joint", colour=4, x=1, y=90, is_reference=True),
+    ]
+    assert [spot.label for spot in front(spots, is_lower_x_better=True, is_lower_y_better=False)] == ["cheap", "good"]
+    assert [spot.label for spot in front(spots, is_lower_x_better=False, is_lower_y_better=True)] == ["beaten", "good"]
+    drawn = scatter(spots, x_label="x", y_label="y", x_unit=str, y_unit=str, description="d")
+    assert drawn.count("<circle") == 4
+    assert "hollow" in drawn
+
+
+@pytest.mark.parametrize("values", [(0.0,), (5.0,), (3.0, 3.0), (-2.0, 7.0), (1e3, 4e8), (0.0, 9e6), (30.0, 900.0)])
+def test_an_axis_spans_its_values(values):
+    axis = span(values)
+    assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values)
+    assert all(-1e-9 <= axis.share(tick) <= 1 + 1e-9 for tick in axis.ticks)
+    assert 2 <= len(axis.ticks) <= 9
+
+
+CLICKS = """<script>
+const heads = [...document.querySelectorAll("table.ranked thead th")], button = (i) => heads[i].querySelector("button");
+const first = () => document.querySelector("table.ranked tbody th").innerText.split("\\n")[0].trim();
+const found = [first()];
+button(0).focus(); found.push(document.activeElement === button(0));
+button(0).click(); found.push(first(), heads[0].ariaSort);
+button(0).click(); found.push(first(), heads[0].ariaSort, document.getElementById("said").textContent);
+button(3).click(); found.push(heads[0].ariaSort, heads[3].ariaSort);
+found.push([...document.querySelectorAll("table.ranked tbody tr")].at(-1).innerText.split("\\n")[0]);
+document.body.innerHTML = "<pre>" + found.join("|") + "</pre>";
+</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_headings_sort_in_a_real_browser(compared, tmp_path):
+    html = build_comparison(compared).read_text(encoding="utf-8").replace("</body>", CLICKS + "</body>")
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    shown = subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r"<pre>(.*?)</pre>", shown, re.DOTALL)[1].split("|")
+    assert found[:4] == [found[0], "true", "finetune", "ascending"]
+    assert found[4:7] == ["routed:oracle", "descending", "Sorted by Series, descending."]
+    assert found[7:9] == ["none", "descending"]
+    assert found[9].startswith("joint")  # it has no backward transfer: last, either way
