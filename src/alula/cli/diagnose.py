@@ -64,7 +64,8 @@ def _measured(model: str, tuned: str | None, samples: "list[Sample]", batch_size
     around: Around = untouched
     if tuned is not None and (Path(tuned) / MANIFEST).exists():
         opened = open_pool(tuned, model_name=model, dtype=dtype)
-        loaded, processor, around = opened.model, opened.processor, opened.mixtures.director.on_prompts
+        loaded, processor = opened.model, opened.processor
+        around = opened.mixtures.director.on_prompts if opened.mixtures else untouched
     else:
         loaded, processor = load_model(tuned or model, dtype=dtype)
     name = "base model" if tuned is None else f"tuned: {Path(tuned).name}"

@@ -63,8 +63,8 @@ class Mixtures:
             ROUTERS[routing.router]
             attached = next(iter(self.sites.values())).named_routers()
             if routing.level != "sample" and routing.router not in attached:
-                known = nearest(routing.router, attached)
-                raise UserError(f"Router '{routing.router}' is not on these mixtures. {known} Name it in `attach(routers=)`.")
+                there = nearest(routing.router, attached)
+                raise UserError(f"Router '{routing.router}' is not on these mixtures. {there} Name it in `attach(routers=)`.")
         for word, known in ((routing.level, ("token", "sample", "combined")), (routing.null, _NULL_OPTIONS)):
             if word not in known:
                 raise UserError(f"Unknown routing option '{word}'. {nearest(word, known)}")
