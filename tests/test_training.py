@@ -1,6 +1,7 @@
 """The loop does what it says: weights tokens equally, changes only what trains, refuses what cannot be learnt from."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_tensorboard_gets_the_losses(tmp_path):
     pytest.importorskip("tensorboard")
     learn(Everything, folder=tmp_path / "cell", trackers=["tensorboard"])
     assert list((tmp_path / "cell").rglob("events.out.*"))
+
+
+# wandb's own: a field of pydantic under a name it reserves, and the like.
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_wandb_gets_the_losses_in_the_cells_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    learn(Everything, folder=tmp_path / "cell", trackers=["wandb"])
+    (kept,) = (tmp_path / "cell" / "wandb").glob("offline-run-*/*.wandb")
+    until = time.monotonic() + 30
+    while b"loss" not in kept.read_bytes() and time.monotonic() < until:
+        time.sleep(0.2)  # its service writes the file a moment after the run was closed
+    assert b"loss" in kept.read_bytes() and not (tmp_path / "wandb").exists()
 
 
 @pytest.mark.parametrize(("name", "words"), [("tensorbord", "Did you mean 'tensorboard'"), ("comet_ml", "not installed here")])

@@ -47,7 +47,8 @@ def begin_trackers(accelerator: Accelerator, *, settings: TrainSettings, folder:
     """Opens the trackers, with the settings as their configuration."""
     if accelerator.log_with:
         config = {key: value for key, value in settings.model_dump().items() if value is not None}
-        accelerator.init_trackers("trackers" if folder is None else folder.name, config=config)
+        where = {} if folder is None else {"wandb": {"dir": str(folder)}}  # else it would write below the working directory
+        accelerator.init_trackers("trackers" if folder is None else folder.name, config=config, init_kwargs=where)
 
 
 def end_trackers(accelerator: Accelerator) -> None:
