@@ -184,6 +184,17 @@ def test_a_method_called_specialist_is_the_specialist(run: Path, tmp_path: Path)
     assert found["routed:oracle"]["gap_to_specialist"]["mean"] < 0
 
 
+def test_where_every_method_sees_all_tasks_at_once_none_is_a_mere_reference(tmp_path: Path) -> None:
+    write_run(tmp_path, seeds=2, with_failures=False)
+    for cell in (tmp_path / "cells").iterdir():
+        if cell.name.startswith("joint-"):
+            shutil.copytree(cell, cell.with_name(cell.name.replace("joint", "wings")))
+        else:
+            shutil.rmtree(cell)
+    assert {row["series"]: row["is_reference"] for row in summary(tmp_path)} == {"joint": False, "wings": False}
+    assert "highest average score" in build_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_joint_training_is_known_by_what_it_did_not_by_its_name(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     for seed in (0, 1):

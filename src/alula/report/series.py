@@ -86,12 +86,17 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Series:
-    """A method and an arm over all its seeds and orders. What counts are its finished cells; without one, those there are."""
+    """A method and an arm over all its seeds and orders. What counts are its finished cells; without one, those there are.
+
+    Attributes:
+        among_joint: every series of the run saw all tasks at once, so that this is no privilege.
+    """
 
     method: str
     arm: str
     members: tuple[Member, ...]
     cells: tuple[Cell, ...] = field(default=())
+    among_joint: bool = False
 
     @property
     def name(self) -> str:
@@ -101,7 +106,7 @@ class Series:
     @property
     def is_reference(self) -> bool:
         """True for what no continual learner may do: see all tasks at once, or be told the task."""
-        return self.is_joint or self.arm in REFERENCES
+        return (self.is_joint and not self.among_joint) or self.arm in REFERENCES
 
     @property
     def is_joint(self) -> bool:
@@ -178,7 +183,8 @@ def series_of(run: Run) -> list[Series]:
         finished = [cell for cell in cells if cell.state == "finished"]
         members = tuple(read_member(cell, arm, base=base) for cell in finished or cells)
         found.append(Series(method=method, arm=arm, members=members, cells=tuple(cells)))
-    held = [with_references(series, found) for series in found]
+    among_joint = all(series.is_joint for series in found)
+    held = [replace(with_references(series, found), among_joint=among_joint) for series in found]
     return sorted(held, key=lambda series: -np.nan_to_num(series.spread("average_score").mean, nan=-1.0))
 
 
