@@ -31,10 +31,11 @@ RANK = 16
 
 
 def make_model(*, hidden: int, num_layers: int, eager: bool) -> LlavaForConditionalGeneration:
-    """A random LLaVA whose decoder is as wide as SmolLM2-135M."""
+    """A random LLaVA; at the default width its decoder is as wide as SmolLM2-135M."""
+    heads = hidden // 64
     text = LlamaConfig(
         vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=num_layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 192), max_position_embeddings=8192,
+        num_attention_heads=heads, num_key_value_heads=heads // (3 if heads % 3 == 0 else 4), max_position_embeddings=8192,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
