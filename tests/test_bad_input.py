@@ -20,7 +20,8 @@ from alula.data.stream import Stream, Task
 from alula.errors import UserError
 from alula.files import sha256
 from alula.methods import METHODS
-from alula.running.run import load_choice, run_recipe
+from alula.running.choices import load_choice
+from alula.running.run import run_recipe
 from alula.training import Trainer, TrainSettings
 from zoo import build
 

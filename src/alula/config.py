@@ -5,41 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from alula.data.choices import Strict, TaskChoice
 from alula.errors import UserError, nearest
 from alula.overrides import put_change, split_change
 from alula.training.settings import TrainSettings
 
 Checked = TypeVar("Checked", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    """A model that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TaskChoice(Strict):
-    """A built-in task, or a user's data."""
-
-    name: str
-    """The task's name: of a built-in task (see `alula list`), or any if `path` is given."""
-
-    path: Path | None = None
-    """A data file (.json, .jsonl, .parquet) or a folder with train and test files; None for a built-in task."""
-
-    test_path: Path | None = None
-    """A file of test rows; None: a tenth of the data is held out."""
-
-    scoring: Literal["exact_match", "ranked", "bits_per_byte"] = "exact_match"
-    """For data of one's own: exact_match of the greedy answer, ranked likelihood of each row's options, or prose."""
-
-    train_size: int | None = Field(None, ge=1)
-    """Training samples at most; None: all."""
-
-    test_size: int | None = Field(None, ge=1)
-    """Test samples at most; None: all."""
 
 
 class AdditionChoice(Strict):
@@ -106,8 +79,8 @@ class Recipe(Strict):
     model: str = "smol"
     """``smol`` (the embedded default), a folder, or a name on the hub."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model's weights: auto, float32, bfloat16 or float16. On a CPU auto is float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "4bit"] = "auto"
+    """Of the model's weights: auto, float32, bfloat16, float16 or 4bit (bitsandbytes). On a CPU auto is float32."""
 
     tasks: list[TaskChoice] = Field(min_length=1)
     """The stream, in order."""

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from alula.data.readers import check_images, read_samples, read_task
+from alula.data.blend import Blend, Source
+from alula.data.readers import check_images, read_samples, read_task, stream_samples
 from alula.data.sample import ImageSource, Message, Sample
 from alula.data.stream import Stream, Task
 
@@ -10,15 +11,18 @@ if TYPE_CHECKING:
     from alula.data.collate import Collator
 
 __all__ = [
+    "Blend",
     "Collator",
     "ImageSource",
     "Message",
     "Sample",
+    "Source",
     "Stream",
     "Task",
     "check_images",
     "read_samples",
     "read_task",
+    "stream_samples",
 ]
 
 

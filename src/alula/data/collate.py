@@ -106,6 +106,15 @@ class Collator:
         last = [row.turns[-1] for row in rows]
         return self._with_labels(answered, rows, [(replace(turn, end=turn.content_end),) for turn in last])
 
+    def count_text(self, sample: Sample) -> int:
+        """Tokens of a training row in which each image still is the one mark that the chat template writes.
+
+        Raises:
+            UserError: the template refuses the messages or changes an answer.
+        """
+        text = self._opened(self._renderer.conversation(sample)).text
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _with_labels(self, samples: Sequence[Sample], rows: Sequence[Rendered], targets: Sequence[tuple[Turn, ...]]) -> dict[str, Tensor]:
         batch = self._encode(samples, [row.text for row in rows], side="right")
         labels = torch.full_like(batch["input_ids"], IGNORED)

@@ -41,9 +41,18 @@ class Rendered:
     turns: tuple[Turn, ...]
 
 
+TEXT = "text"
+"""The role of a message that is no turn of a conversation: written as it is, never a target."""
+
+
 def is_prose(sample: Sample) -> bool:
     """Whether `sample` is running text: one assistant message that answers nothing."""
     return len(sample.messages) == 1
+
+
+def is_plain(sample: Sample) -> bool:
+    """Whether `sample` is written without a chat template: running text, or a document that opens with a `TEXT` message."""
+    return is_prose(sample) or sample.messages[0].role == TEXT
 
 
 class ChatRenderer:
@@ -53,6 +62,9 @@ class ChatRenderer:
     dropped, because the template writes what its model wants there. A system message that the template refuses is put
     before the first user turn. A template that closes the last answer with no special token gets the tokenizer's
     end-of-sequence token there, or the model would never learn to stop.
+
+    A plain sample gets no template: its messages follow one another, one space between them where neither brings white space,
+    and each placeholder becomes the mark that the template writes for an image. Nothing is put after the last one.
 
     Raises:
         UserError: `processor` has no chat template.
@@ -80,6 +92,8 @@ class ChatRenderer:
         """
         if is_prose(sample):
             raise UserError(f"{_name(sample)}: running text has no prompt to answer. Add a user message before it.")
+        if is_plain(sample):
+            return self._written(sample.prompt).text
         return self._render(sample, sample.prompt, opens_answer=True)
 
     def conversation(self, sample: Sample) -> Rendered:
@@ -90,15 +104,36 @@ class ChatRenderer:
         """
         if any(PLACEHOLDER in message.content for message in sample.messages if message.role == "assistant"):
             raise UserError(f"{_name(sample)}: an assistant message holds an image. Move '{PLACEHOLDER}' into a user message.")
-        if is_prose(sample):
-            end = len(sample.answer)
-            return Rendered(text=sample.answer, turns=(Turn(header=0, start=0, content_end=end, end=end),))
+        if is_plain(sample):
+            return self._written(sample.messages)
         text = self._render(sample, sample.messages)
         turns: list[Turn] = []
         for i, message in enumerate(sample.messages):
             if message.role == "assistant":
                 turns.append(self._turn(sample, i, text, after=turns[-1].end if turns else 0))
         return self._closed(text, turns)
+
+    def _written(self, messages: tuple[Message, ...]) -> Rendered:
+        """Messages without a template."""
+        text, turns = "", []
+        for message in messages:
+            content = message.content.replace(PLACEHOLDER, self._mark()) if PLACEHOLDER in message.content else message.content
+            gap = " " if text and not text[-1].isspace() and content and not content[0].isspace() else ""
+            start, text = len(text) + len(gap), text + gap + content
+            if message.role == "assistant":
+                turns.append(Turn(header=start, start=start, content_end=len(text), end=len(text)))
+        return Rendered(text=text, turns=tuple(turns))
+
+    def _mark(self) -> str:
+        """What the template writes for an image between two texts; where it puts images first, what it writes before one text."""
+        between = self._apply((Message(role="user", content=f"first{PLACEHOLDER}second"),), False)
+        mark = between.partition("first")[2].partition("second")[0].strip()
+        if not mark:
+            shown, bare = (self._apply((Message(role="user", content=f"{image}second"),), False) for image in (PLACEHOLDER, ""))
+            mark = shown.partition("second")[0].removeprefix(bare.partition("second")[0]).strip()
+        if not mark:
+            raise UserError("The chat template writes no mark for an image, so none can stand in plain text. Use conversations.")
+        return mark
 
     def _turn(self, sample: Sample, i: int, text: str, *, after: int) -> Turn:
         content = sample.messages[i].content.strip()

@@ -13,6 +13,18 @@ ImageSource = Image.Image | bytes | Path
 PLACEHOLDER = "<image>"
 
 
+class BadRow(UserError):
+    """A row that cannot be learnt from.
+
+    Args:
+        kind: what is wrong with it, in a word or two by which such rows are counted.
+    """
+
+    def __init__(self, message: str, *, kind: str = "form") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn. `role` is system, user or assistant; each ``<image>`` in `content` stands for the sample's next image."""
@@ -49,14 +61,17 @@ class Sample:
         where = self.origin or self.id
         found = sum(message.content.count(PLACEHOLDER) for message in self.messages)
         if found != len(self.images):
-            raise UserError(
+            raise BadRow(
                 f"{where}: {found} '{PLACEHOLDER}' placeholders but {len(self.images)} images. "
-                f"Write one '{PLACEHOLDER}' where each image belongs, or none at all to put them first."
+                f"Write one '{PLACEHOLDER}' where each image belongs, or none at all to put them first.",
+                kind="placeholders",
             )
         if not self.messages or self.messages[-1].role != "assistant":
-            raise UserError(f"{where}: the last message must be the assistant's. Add the answer that is to be learnt.")
+            message = f"{where}: the last message must be the assistant's. Add the answer that is to be learnt."
+            raise BadRow(message, kind="no answer")
         if not self.answer.strip():
-            raise UserError(f"{where}: the answer is empty. Give the text that is to be learnt, or drop the row.")
+            message = f"{where}: the answer is empty. Give the text that is to be learnt, or drop the row."
+            raise BadRow(message, kind="empty answer")
 
     @classmethod
     def ask(cls, question: str, answer: str, *, images: tuple[ImageSource, ...] = (), **fields: Any) -> "Sample":
@@ -102,9 +117,11 @@ class Sample:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 return opened.convert("RGB")
         except FileNotFoundError:
-            raise UserError(
-                f"{where}: no image file {source!s}. Correct the path (relative paths start at the data file's folder) or drop the row."
+            raise BadRow(
+                f"{where}: no image file {source!s}. Correct the path (relative paths start at the data file's folder) or drop the row.",
+                kind="missing image",
             ) from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = source if isinstance(source, Path) else "the embedded image"
-            raise UserError(f"{where}: {name} cannot be read as an image ({error}). Replace the file or drop the row.") from error
+            message = f"{where}: {name} cannot be read as an image ({error}). Replace the file or drop the row."
+            raise BadRow(message, kind="broken image") from error
