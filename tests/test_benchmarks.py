@@ -57,3 +57,24 @@ def test_measured_bytes_are_those_of_the_formula_and_beyond_them_it_stands_alone
     assert paper["experts"] == 1000 and "milliseconds_per_token" not in paper
     assert "sum r(n + d)" in said
     assert said.strip() == out.with_suffix(".md").read_text().strip()
+
+
+def test_every_form_of_low_rank_experts_runs_and_its_bars_are_shown(tmp_path):
+    out = tmp_path / "experts.json"
+    said = run("experts.py", "--small", "--out", out)
+    found = read_json(out)
+    (whole,) = found["whole"]
+    forms = {"frozen base", "PEFT LoRA", "PEFT, all adapters active", "PEFT Arrow", "PEFT X-LoRA", "PEFT Poly", "CoIN's loop", "ours"}
+    assert whole["train"].keys() == whole["forward"].keys() == forms, said
+    assert whole["saved"].keys() == forms - {"frozen base"}
+    assert {"ours, expert told", "ours, gates"} < found["decoding"][0]["decode"].keys()
+    assert whole["least"] > 1 and found["ceilings"]["flops"] > 0
+    assert "(≤ 1.05: " in said and said.strip().endswith(out.with_suffix(".md").read_text().strip())
+
+
+def test_two_level_routing_is_measured(tmp_path):
+    said = run("two_level.py", "--pools", 64, "--dim", 16, "--groups", 1, 8)
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in said.splitlines()[2:]]
+    assert len(rows) == 6
+    for few, all_of_them in zip(rows[::2], rows[1::2], strict=True):
+        assert few[3] <= all_of_them[3] == 1.0

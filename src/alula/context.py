@@ -3,8 +3,12 @@
 It knows tensors and names, no model and no router.
 """
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +41,8 @@ class Routing:
             unknown).
         threshold: with ``null="threshold"`` the score under which a gate's expert is dropped; at level ``sample`` the least
             familiarity (`PromptRouter.familiarity`) with which a prompt is given to an expert.
+        groups: how many groups of like experts a token-level router looks into for each token, in pools of hundreds and more
+            (`alula.routers.groups`); 0: it compares each token with every expert.
     """
 
     router: str | None = None
@@ -47,6 +53,7 @@ class Routing:
     threshold: float = 0.0
     fixed: Mapping[str, float] | None = None
     gate_of: str | None = None
+    groups: int = 0
 
 
 OFF = Routing(fixed={})
@@ -78,20 +85,68 @@ class Context:
 
     def per_row(self, values: Float[Tensor, "batch classes"], x: Tensor) -> Float[Tensor, "rows 1 classes"]:
         """Per-sample `values` for the rows of `x`; keys of cross-attention come as several rows (tiles) per sample."""
-        return values.repeat_interleave(x.shape[0] // self.shape[0], dim=0).unsqueeze(1)
+        if x.shape[0] != self.shape[0]:
+            values = values.repeat_interleave(x.shape[0] // self.shape[0], dim=0)
+        return values.unsqueeze(1)
+
+    @cached_property
+    def shares(self) -> list[list[float]]:
+        """`weights` as plain numbers: read once in a forward, where every layer would wait for them."""
+        return [] if self.weights is None else self.weights.tolist()
 
 
-@dataclass
-class Cell:
+T = TypeVar("T")
+
+
+class Variable(Generic[T]):
+    """A `ContextVar` that can be copied together with the handle it belongs to; the copy is at the default.
+
+    Example:
+        >>> import copy
+        >>> speaking = Variable("speaking", "everybody")
+        >>> token = speaking.set("nobody")
+        >>> copy.deepcopy(speaking).get(), speaking.get()
+        ('everybody', 'nobody')
+    """
+
+    def __init__(self, name: str, default: T) -> None:
+        self._name, self._default = name, default
+        self._here: ContextVar[T] = ContextVar(name, default=default)
+
+    def get(self) -> T:
+        """The value here and now."""
+        return self._here.get()
+
+    def set(self, value: T) -> Token[T]:
+        """Gives it another value, in this thread or task."""
+        return self._here.set(value)
+
+    def reset(self, token: Token[T]) -> None:
+        """Takes back what `set` did."""
+        self._here.reset(token)
+
+    def __reduce__(self) -> tuple[type["Variable[T]"], tuple[str, T]]:
+        return type(self), (self._name, self._default)
+
+
+class PerThread(threading.local):
+    """What modules share during one forward: each thread has its own, and a copy starts empty."""
+
+    def __reduce__(self) -> tuple[type["PerThread"], tuple[()]]:
+        return type(self), ()
+
+
+class Cell(PerThread):
     """What the mixtures of one decoder layer share during one forward of that layer.
 
     Linear layers get no keywords from Transformers; the attention of their layer does. A tap on it puts the context
-    here, also when the layer is recomputed under activation checkpointing. `decided` holds block-level weights for the
-    siblings of the mixture that computed them.
+    here, also when the layer is recomputed under activation checkpointing. `decided` holds what was decided or computed for the
+    siblings of the mixture that did it.
     """
 
-    context: Context | None = None
-    decided: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.decided: dict[tuple, Any] = {}
 
     def enter(self, context: Context | None) -> None:
         """Starts a forward of this layer."""

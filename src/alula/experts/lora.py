@@ -1,4 +1,4 @@
-"""Low-rank experts of one linear layer, all in two matrix products. They know no router and no model."""
+"""Low-rank experts of one linear layer: their tensors and their sum. They know no router and no model."""
 
 import math
 import re
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from alula.context import BASE
 from alula.errors import UserError
+from alula.experts.choose import update
+from alula.experts.chosen import Chosen
+from alula.experts.decode import decode_update
+from alula.experts.entries import entries
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -31,9 +34,8 @@ def check_name(name: str) -> str:
 class LoRAExperts(nn.Module):
     """Low-rank updates of one linear layer, one per expert: ``sum_e weight_e * scale_e * B_e A_e x``.
 
-    ``A`` is Kaiming-uniform, ``B`` zero, so an expert is silent at birth. All active experts are computed by one
-    product with the stacked ``A`` and one with the stacked ``B``; the weight acts on the rank axis between them, so no
-    expert's full-width output is ever built.
+    ``A`` is Kaiming-uniform, ``B`` zero, so an expert is silent at birth. `alula.experts.choose` picks the form of the
+    computation by its sizes; no form ever builds the output of every expert for every token.
 
     Source: Hu et al. 2021, "LoRA", eq. 3 (arXiv 2106.09685).
 
@@ -90,30 +92,61 @@ class LoRAExperts(nn.Module):
         self.names = [self.names[index] for index in keep]
         self.scales = [self.scales[index] for index in keep]
 
+    def adopt(self, name: str, *, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"], scale: float) -> None:
+        """Adds a frozen expert whose tensors are there already; neither is read or copied.
+
+        Args:
+            scale: what ``B A`` is multiplied by.
+        """
+        self.A.append(nn.Parameter(down, requires_grad=False))
+        self.B.append(nn.Parameter(up, requires_grad=False))
+        self.names.append(name)
+        self.scales.append(scale)
+
     def forward(
         self,
         x: Float[Tensor, "batch tokens in"],
-        weights: Float[Tensor, "batch _ active"],
+        weights: Float[Tensor, "batch _ active"] | Chosen,
         *,
         active: Sequence[int],
-    ) -> Float[Tensor, "batch tokens out"]:
-        """The weighted sum of the active experts' updates.
+        onto: Float[Tensor, "*tokens out"] | None = None,
+        in_place: bool = False,
+    ) -> Tensor:
+        """The weighted sum of the active experts' updates, and `onto`.
 
         Args:
-            weights: one per active expert, per token or (second axis of size 1) per sample.
-            active: indices of the experts that are computed, in the order of `weights`.
+            weights: one per active expert, per token or (second axis of size 1) per sample; or who was chosen among them.
+            active: indices of the experts that may speak, in the order of `weights`.
+            onto: what the sum is added to, and whose shape and type the result has; None: batch x tokens x out, in the experts' type.
+            in_place: `onto` may be overwritten.
         """
-        down = torch.cat([self.A[index] for index in active]) if len(active) > 1 else self.A[active[0]]
-        up = torch.cat([self.B[index] for index in active], dim=1) if len(active) > 1 else self.B[active[0]]
-        hidden = functional.linear(x.to(down.dtype), down)
-        return functional.linear(hidden * self._on_ranks(weights, active).to(hidden.dtype), up)
+        chosen = weights if isinstance(weights, Chosen) else Chosen(weights=weights, experts=len(active))
+        down, up, scales = self._of(active)
+        return update(x, chosen, down=down, up=up, scales=scales, onto=onto, in_place=in_place)
 
-    def _on_ranks(self, weights: Tensor, active: Sequence[int]) -> Float[Tensor, "batch _ ranks"]:
-        parts = [
-            (weights[..., position : position + 1] * self.scales[index]).expand(*weights.shape[:-1], len(self.A[index]))
-            for position, index in enumerate(active)
-        ]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    def say(
+        self,
+        x: Float[Tensor, "batch 1 in"],
+        shares: Sequence[Sequence[float]],
+        *,
+        active: Sequence[int],
+        onto: Float[Tensor, "*tokens out"],
+        in_place: bool,
+    ) -> Tensor:
+        """What `forward` gives for one token per sample whose weights are known as plain numbers; without gradients.
+
+        Args:
+            shares: per sample, over the active experts.
+        """
+        down, up, scales = self._of(active)
+        chosen, rows = [range(len(active))] * len(shares), x.flatten(0, 1)
+        return decode_update(rows, shares, chosen, down=down, up=up, scales=scales, onto=onto, in_place=in_place, dtype=down[0].dtype)
+
+    def _of(self, active: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        down, up = entries(self.A), entries(self.B)
+        if len(active) == len(down) and list(active) == list(range(len(down))):
+            return down, up, self.scales
+        return [down[i] for i in active], [up[i] for i in active], [self.scales[i] for i in active]
 
     @torch.no_grad()
     def delta(self, name: str) -> Float[Tensor, "out in"]:

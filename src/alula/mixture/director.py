@@ -3,14 +3,15 @@
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, prompt_mask
+from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, Variable, prompt_mask
 from alula.errors import UserError
+from alula.mixture.mixture import introduce
 
 if TYPE_CHECKING:
     from alula.mixture.handle import Mixtures
@@ -29,21 +30,22 @@ class Director:
     def __init__(self, mixtures: "Mixtures") -> None:
         self.mixtures = mixtures
         self._decided: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._pending: ContextVar[Tensor | None] = ContextVar("alula_pending", default=None)
-        self._route: ContextVar[Tensor | None] = ContextVar("alula_route", default=None)
-        self._recorder: ContextVar[Recorder | None] = ContextVar("alula_recorder", default=None)
-        self._observer: ContextVar[Observer | None] = ContextVar("alula_observer", default=None)
+        self._pending: Variable[Tensor | None] = Variable("alula_pending", None)
+        self._route: Variable[Tensor | None] = Variable("alula_route", None)
+        self._recorder: Variable[Recorder | None] = Variable("alula_recorder", None)
+        self._observer: Variable[Observer | None] = Variable("alula_observer", None)
         self._hooks: list[Any] = []
 
     def enter(self, cells: Sequence[Cell]) -> None:
         """Places the hooks: one before and one after the model, one tap per layer."""
+        introduce(self.mixtures.sites.values())
         model, parts = self.mixtures.model, self.mixtures.anatomy
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
         ]
         for path, cell in zip(parts.attention, cells, strict=True):
-            tap = _tap(cell)
+            tap = partial(_tap, cell)
             self._hooks.append(model.get_submodule(path).register_forward_pre_hook(tap, with_kwargs=True))
 
     def leave(self) -> None:
@@ -193,11 +195,9 @@ def _threshold(routing: Routing) -> float | None:
     return routing.threshold if routing.null == "threshold" and routing.level == "sample" else None
 
 
-def _tap(cell: Cell) -> Any:
-    def tap(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cell.enter(kwargs.get(KEYWORD))
-
-    return tap
+def _tap(cell: Cell, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The hook on a layer's attention; no closure over the cell, so that a copied model has a copied cell."""
+    cell.enter(kwargs.get(KEYWORD))
 
 
 def _valid(attention_mask: Any, like: Tensor) -> Tensor:

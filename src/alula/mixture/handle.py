@@ -1,18 +1,18 @@
-"""`attach` and what it gives back: the handle on a model's mixtures, with the five verbs."""
+"""What `attach` gives back: the handle on a model's mixtures, with its verbs."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from alula.context import Cell, Routing
+from alula.context import Routing, Variable
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
 from alula.mixture.director import Director
 from alula.mixture.mixture import Mixture
-from alula.models.anatomy import Anatomy, anatomy
+from alula.models.anatomy import Anatomy
+from alula.models.parameters import freeze_base
 from alula.routers import ROUTERS, GateRouter, PromptRouter, Router
 
 
@@ -20,14 +20,15 @@ class Mixtures:
     """Every mixture of one model, and how experts are chosen in it. Made by `attach`.
 
     Attributes:
-        model: the model, whose linear layers at `sites` are mixtures now.
+        model: the model, whose linear layers are mixtures now.
+        sites: each mixture by the path that its host had in the base model, whatever else was attached before.
         routing: how experts are chosen unless `using` says otherwise; at first the base model alone.
     """
 
-    def __init__(self, model: nn.Module, parts: Anatomy, sites: Mapping[str, Mixture]) -> None:
-        self.model, self.anatomy, self.sites = model, parts, dict(sites)
+    def __init__(self, model: nn.Module, parts: Anatomy, sites: Mapping[str, Mixture], *, places: Mapping[str, str]) -> None:
+        self.model, self.anatomy, self.sites, self._places = model, parts, dict(sites), places
         self.routing = Routing(fixed={})
-        self._override: ContextVar[Routing | None] = ContextVar("alula_routing", default=None)
+        self._override: Variable[Routing | None] = Variable("alula_routing", None)
         self.prompt_router = PromptRouter(layers=_prompt_layers(parts), dim=parts.hidden_size)
         self.director = Director(self)
 
@@ -93,9 +94,7 @@ class Mixtures:
         Raises:
             UserError: the name is taken or cannot name a folder.
         """
-        check_name(name)
-        if name in self.names:
-            raise UserError(f"There is an expert '{name}' already. Choose another name, or `remove` it first.")
+        self._check_free(name)
         for mixture in self.sites.values():
             weight = mixture.weight
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -104,6 +103,27 @@ class Mixtures:
             )
             for router in mixture.named_routers().values():
                 router.grow(name, mixture.experts)
+
+    def adopt(self, name: str, pairs: Mapping[str, Mapping[str, Tensor]], *, scales: Mapping[str, float]) -> None:
+        """Adds a frozen expert whose matrices are there already.
+
+        Args:
+            pairs: ``A`` (rank x in) and ``B`` (out x rank) by site; sites that are not in it are left alone. Matrices of a mapped
+                file stay unread until they speak.
+            scales: what ``B A`` is multiplied by, by site.
+
+        Raises:
+            UserError: the name is taken or cannot name a folder.
+        """
+        self._check_free(name)
+        for path, mixture in self.sites.items():
+            mixture.adopt(name, pairs.get(path), scale=scales.get(path, 1.0))
+        self.refresh()
+
+    def _check_free(self, name: str) -> None:
+        check_name(name)
+        if name in self.names:
+            raise UserError(f"There is an expert '{name}' already. Choose another name, or `remove` it first.")
 
     def remove(self, name: str) -> None:
         """Takes an expert out; outputs are bit-identical to those before it came."""
@@ -115,11 +135,14 @@ class Mixtures:
         self.prompt_router.remove(name)
 
     def freeze(self) -> None:
-        """Nothing in the model trains any more: base, experts and routers."""
-        self.model.requires_grad_(False)
+        """Base, experts and routers train no more; learners are their own handle's matter."""
+        freeze_base(self.model)
+        for mixture in self.sites.values():
+            mixture.experts.requires_grad_(False)
+            mixture.routers.requires_grad_(False)
 
     def train_expert(self, name: str) -> None:
-        """Of the whole model, only this expert trains; it speaks alone."""
+        """Of base, experts and routers, only this expert trains."""
         index = self.index(name)
         self.freeze()
         for mixture in self.sites.values():
@@ -127,7 +150,7 @@ class Mixtures:
             mixture.experts.B[index].requires_grad_(True)
 
     def train_gate(self, name: str) -> None:
-        """Of the whole model, only this expert's gates train."""
+        """Of base, experts and routers, only this expert's gates train."""
         index = self.index(name)
         self.freeze()
         for mixture in self.sites.values():
@@ -147,12 +170,10 @@ class Mixtures:
         Raises:
             UserError: something was attached around the mixtures since (learners).
         """
-        for path, mixture in self.sites.items():
-            if not _stands_at(self.model, path, mixture):
-                raise UserError(f"{path} is not where its mixture was put. Detach what was attached last (learners) first.")
+        self._check_places()
         self.director.leave()
         for path, mixture in self.sites.items():
-            self.model.set_submodule(path, mixture.host)
+            self.model.set_submodule(self._places[path], mixture.host)
         self.sites = {}
         return self.model
 
@@ -161,8 +182,9 @@ class Mixtures:
         """Adds a weighted set of experts into the hosts' own weights and detaches: a plain model, without alula.
 
         Raises:
-            UserError: an unknown expert, or a host whose weight is not a plain matrix (quantised).
+            UserError: an unknown expert, a host whose weight is not a plain matrix (quantised), or as in `detach`.
         """
+        self._check_places()
         for name in weights:
             self.index(name)
         for path, mixture in self.sites.items():
@@ -174,16 +196,21 @@ class Mixtures:
             mixture.weight.copy_((mixture.weight.float() + sum(deltas, start=torch.tensor(0.0))).to(mixture.weight.dtype))
         return self.detach()
 
-    def router_tensors(self, name: str) -> dict[str, torch.Tensor]:
+    def _check_places(self) -> None:
+        for path, mixture in self.sites.items():
+            if not _stands_at(self.model, self._places[path], mixture):
+                raise UserError(f"{path} is not where its mixture was put. Detach what was attached last (learners) first.")
+
+    def router_tensors(self, name: str) -> dict[str, Tensor]:
         """All that routes to an expert (or, for ``base``, away from all), by router and site."""
         found = {f"prompt.{key}": tensor for key, tensor in self.prompt_router.stored(name).items()}
         for kind, where, router in self._routers():
             found |= {f"{kind}.{where}.{key}": tensor for key, tensor in router.stored(name).items()}
         return found
 
-    def restore_router(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def restore_router(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `router_tensors` gave."""
-        grouped: dict[str, dict[str, torch.Tensor]] = {}
+        grouped: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             site, _, last = key.rpartition(".")
             grouped.setdefault(site, {})[last] = tensor
@@ -221,61 +248,3 @@ def _prompt_layers(parts: Anatomy) -> list[int]:
 
 
 _NULL_OPTIONS = ("none", "zero_expert", "sigmoid_keep", "threshold")
-
-
-def attach(
-    model: nn.Module,
-    *,
-    linears: Sequence[str] | str | None = None,
-    layers: Sequence[int] | None = None,
-    part: str = "decoder",
-    routers: Sequence[str] = ("gate", "arrow", "analytic"),
-) -> Mixtures:
-    """Turns linear layers of any Hugging Face vision-language model into mixtures, silent at birth.
-
-    Args:
-        linears: names (``["q_proj", "v_proj"]``) or one regular expression; None is every linear of the part. The output
-            head is never taken.
-        layers: decoder layers by index; None is all.
-        part: ``decoder`` unless asked; by name alone ``q_proj`` would silently hit the encoder of many models.
-        routers: which routers are laid on the experts.
-
-    Raises:
-        UserError: nothing matches (with what there is), or the model carries mixtures already.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        ...                      num_attention_heads=2, num_key_value_heads=2)
-        >>> model = LlamaForCausalLM(config)
-        >>> mixtures = attach(model, linears=["q_proj", "v_proj"])
-        >>> mixtures.grow("invoices", rank=2)
-        >>> mixtures.summary()
-        '4 linear layers of the decoder (q_proj, v_proj) carry 1 experts'
-    """
-    if any(isinstance(module, Mixture) for module in model.modules()):
-        raise UserError("This model carries mixtures already. Use the handle that `attach` gave, or `detach` first.")
-    parts = anatomy(model)
-    found = parts.linears(model, part=part, pattern=linears, layers=layers)
-    cells = [Cell() for _ in parts.layers]
-    shared: dict[tuple[str, str], nn.Module] = {}
-    sites: dict[str, Mixture] = {}
-    for path, host in found.items():
-        layer = next((i for i, prefix in enumerate(parts.layers) if path.startswith(f"{prefix}.")), None)
-        if layer is None:
-            raise UserError(f"{path} is in no decoder layer; mixtures live in decoder layers. Choose other linears.")
-        block = path.rsplit(".", 1)[0]
-        mixture = Mixture(host, path=path, block=block, cell=cells[layer])
-        for name in routers:
-            kind = ROUTERS[name]
-            if kind.is_shared:
-                mixture.routers[name] = shared.setdefault((block, name), kind(host.in_features))
-            else:
-                mixture.routers[name] = kind(host.in_features)
-        sites[path] = mixture
-    model.requires_grad_(False)
-    for path, mixture in sites.items():
-        model.set_submodule(path, mixture.train(model.training))
-    handle = Mixtures(model, parts, sites)
-    handle.director.enter(cells)
-    return handle

@@ -4,12 +4,19 @@ No fork, no patched class: `attach` swaps named submodules through `nn.Module.se
 signature. What the mixtures need to know reaches them as one keyword that a pre-hook on the model adds to each call.
 """
 
+from collections.abc import Iterable, Mapping
+
+import torch
 from torch import Tensor, nn
 
 from alula.context import Cell, Context
 from alula.errors import UserError
-from alula.experts.lora import LoRAExperts
-from alula.routers.base import Router
+from alula.experts import Chosen, LoRAExperts
+from alula.experts.choose import is_decoding
+from alula.routers import Router, Seen
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linears that take one input in most models. Where they do not, each computes its own: the tensor itself is compared."""
 
 
 class Mixture(nn.Module):
@@ -30,6 +37,7 @@ class Mixture(nn.Module):
         self.experts = LoRAExperts(in_features=host.in_features, out_features=host.out_features)
         self.routers = nn.ModuleDict()
         self.path, self.block, self.cell = path, block, cell
+        self.together: tuple[Mixture, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -44,6 +52,23 @@ class Mixture(nn.Module):
     def named_routers(self) -> dict[str, Router]:
         """The routers laid on these experts, by their registered names."""
         return {name: router for name, router in self.routers.items() if isinstance(router, Router)}
+
+    def adopt(self, name: str, pair: Mapping[str, Tensor] | None, *, scale: float = 1.0) -> None:
+        """Adds a frozen expert whose matrices are there already, and makes room for it in the routers.
+
+        Matrices in the experts' type on the host's device are taken as they are, so those of a mapped file stay unread until they speak.
+
+        Args:
+            pair: ``A`` (rank x in) and ``B`` (out x rank); None is an expert of rank 1 that leaves this layer alone.
+            scale: what ``B A`` is multiplied by.
+        """
+        dtype = self.weight.dtype if self.weight.dtype in (torch.float32, torch.float64) else torch.float32
+        if pair is None:
+            pair = {"A": torch.zeros(1, self.experts.in_features), "B": torch.zeros(self.experts.out_features, 1)}
+        down, up = (pair[key].to(self.weight.device, dtype) for key in ("A", "B"))
+        self.experts.adopt(name, down=down, up=up, scale=scale)
+        for router in self.named_routers().values():
+            router.grow(name, self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """The host's output, and what the chosen experts add to it."""
@@ -62,23 +87,57 @@ class Mixture(nn.Module):
             context.observer(self.path, self.block, tokens, seen)
         if not context.active:
             return out
-        weights = self.weights(tokens, context)
+        in_place = type(self.host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
+        known = context.weights is not None and context.recorder is None and len(tokens) == context.shape[0]
+        if known and is_decoding(tokens, len(context.active)):
+            return self.experts.say(tokens, context.shares, active=context.active, onto=out, in_place=in_place)
+        chosen = self._choose(x, tokens, context)
         if context.recorder is not None:
-            context.recorder(self.path, weights.detach(), context.active)
-        return out + self.experts(tokens, weights, active=context.active).view_as(out).to(out.dtype)
+            context.recorder(self.path, chosen.dense().detach(), context.active)
+        return self.experts(tokens, chosen, active=context.active, onto=out, in_place=in_place)
 
-    def weights(self, x: Tensor, context: Context) -> Tensor:
-        """Weights over the active experts: of the sample if they were decided for it, else of each token."""
+    def _choose(self, x: Tensor, tokens: Tensor, context: Context) -> Chosen:
+        """Who speaks among the active experts: decided for the sample, or by a router for each token."""
         if context.weights is not None:
-            return context.per_row(context.weights, x)
+            return Chosen(weights=context.per_row(context.weights, tokens), experts=len(context.active))
         name = "gate" if context.gate_of is not None else context.routing.router
         assert name is not None, "a routing without a router brings its weights along"
-        router = self.named_routers()[name]
+        router, decided = self.named_routers()[name], self.cell.decided
         if not router.is_shared:
-            decided = router(x, context)
+            chosen = router.choose(self._look(name, x, tokens), context)
         else:
-            key = (self.block, *x.shape[:2])  # in cross-attention queries and keys are other tokens
-            if key not in self.cell.decided:
-                self.cell.decided[key] = router(x, context)
-            decided = self.cell.decided[key]
-        return decided[..., list(context.active)] if len(context.active) < decided.shape[-1] else decided
+            key = (self.block, *tokens.shape[:2])  # in cross-attention queries and keys are other tokens
+            if key not in decided:
+                decided[key] = router.choose(Seen(tokens), context)
+            chosen = decided[key]
+        if context.gate_of is not None:
+            return Chosen(weights=chosen.weights, experts=1)
+        if len(context.active) == chosen.experts:
+            return chosen
+        return Chosen(weights=chosen.dense()[..., list(context.active)], experts=len(context.active))
+
+    def _look(self, name: str, x: Tensor, tokens: Tensor) -> Seen:
+        """The hidden state for this linear's router, shared with those siblings that get the very same tensor."""
+        if len(self.together) < 2:
+            return Seen(tokens)
+        key, mine = (self.block, name), len(self.together)
+        source, seen, left = self.cell.decided.get(key, (None, None, 0))
+        if source is not x:
+            seen, left = Seen(tokens, together=[mixture.named_routers()[name] for mixture in self.together]), mine
+        self.cell.decided[key] = (x, seen, left - 1)
+        if left == 1:  # all have looked: nothing is held any longer
+            del self.cell.decided[key]
+        return seen
+
+
+def introduce(mixtures: Iterable[Mixture]) -> None:
+    """Tells the linears of a block that take one input from each other, so that their routers' products are one."""
+    groups: dict[tuple[str, int], list[Mixture]] = {}
+    for mixture in mixtures:
+        last = mixture.path.rpartition(".")[2]
+        kind = next((number for number, names in enumerate(TOGETHER) if last in names), None)
+        if kind is not None:
+            groups.setdefault((mixture.block, kind), []).append(mixture)
+    for group in groups.values():
+        for mixture in group:
+            mixture.together = tuple(group)

@@ -8,7 +8,6 @@ The prefix stands at a fixed place, so the prompt's absolute positions matter: a
 batch must bring ``position_ids``, as `generate` does.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from alula.errors import UserError
+from alula.mixture.exchange import Attention, exchange_attention, named_attention
 from alula.models.anatomy import anatomy
 
 CHILD = "prefix"
@@ -112,7 +111,9 @@ def attach_prefixes(model: nn.Module, *, num_virtual_tokens: int) -> Prefixes:
     if num_virtual_tokens < 1:
         raise UserError(f"num_virtual_tokens: {num_virtual_tokens} came; 1 or more is accepted. Choose a number such as 10.")
     parts = anatomy(model)
-    _exchange(model, decoder=parts.decoder)
+    exchange_attention(
+        model, decoder=parts.decoder, name="prefix", around=_with_prefix, otherwise="so it can have no prefix. Use a LoRA method."
+    )
     model.requires_grad_(False)
     candidates = {path: LearntPrefix() for path in parts.attention}
     for path, prefix in candidates.items():
@@ -150,33 +151,16 @@ def watch(model: nn.Module, sites: Mapping[str, LearntPrefix], inputs: Mapping[s
     return seen
 
 
-def _exchange(model: nn.Module, *, decoder: str) -> None:
-    """Lets the attention of `decoder` be ``prefix_<what it was>``; the encoder's stays."""
-    text = model.get_submodule(decoder)
-    while not isinstance(text, PreTrainedModel):
-        decoder = decoder.rpartition(".")[0]
-        text = model.get_submodule(decoder)
-    before = text.config._attn_implementation
+def _with_prefix(before: str) -> Attention:
     if before not in ORIGINALS:
         raise UserError(
             f"Prefixes cannot be laid under the attention '{before}'. Accepted: {', '.join(ORIGINALS)}. Load the model with one."
         )
-    name = f"prefix_{before}"
-    AttentionInterface.register(name, _with_prefix(before))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[before])
-    text.set_attn_implementation(name)
-    if text.config._attn_implementation != name:
-        raise UserError(f"{type(text).__name__} does not let its attention be exchanged, so it can have no prefix. Use a LoRA method.")
-
-
-def _with_prefix(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    own = AttentionInterface()
+    call = named_attention(before)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # Every modeling file has its own eager attention beside the module.
-        call = own[before] if before in own else sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
         prefix = getattr(module, CHILD, None)
         if isinstance(prefix, LearntPrefix):
             longer, value = prefix(key, value)

@@ -6,5 +6,6 @@ from alula.routers.base import ROUTERS, Router
 from alula.routers.dense import DenseRouter
 from alula.routers.gate import GateRouter
 from alula.routers.prompt import PromptRouter
+from alula.routers.seen import Seen
 
-__all__ = ["ROUTERS", "AnalyticRouter", "ArrowRouter", "DenseRouter", "GateRouter", "PromptRouter", "Router"]
+__all__ = ["ROUTERS", "AnalyticRouter", "ArrowRouter", "DenseRouter", "GateRouter", "PromptRouter", "Router", "Seen"]

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from alula.context import BASE, Context
 from alula.errors import UserError
-from alula.experts.lora import LoRAExperts
-from alula.routers.base import ROUTERS, Router, standardise, top_k_softmax
+from alula.experts import Chosen, LoRAExperts
+from alula.routers.base import ROUTERS, Router, centred, standardise
+from alula.routers.seen import Seen
 from alula.routers.statistics import RidgeStatistics
 
 
@@ -26,7 +27,6 @@ class AnalyticRouter(Router):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.names: list[str] = []
         self.statistics = RidgeStatistics(dim)
         self._classifier: Tensor | None = None
 
@@ -47,20 +47,20 @@ class AnalyticRouter(Router):
         self.statistics.observe(name, standardise(x))
         self._classifier = None
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"], context: Context) -> Float[Tensor, "batch tokens experts"]:
-        """Weights over all experts (see the class).
+    def choose(self, seen: Seen, context: Context) -> Chosen:
+        """Weights of the best experts (see the class).
 
         Raises:
             UserError: token statistics were never gathered for an expert.
         """
-        if self._classifier is None:
-            self._classifier = self._in_expert_order()
-        routing = context.routing
-        temperature = self.temperature if routing.temperature is None else routing.temperature
-        scores = standardise(x) @ self._classifier.to(x.device).T * temperature
-        if context.prior is not None:
-            scores = scores + context.per_row(context.prior, x)
-        return top_k_softmax(scores, top_k=routing.top_k)[..., : len(self.names)]
+        temperature = self.temperature if context.routing.temperature is None else context.routing.temperature
+        if self._classifier is None or self._classifier.device != seen.x.device:
+            self._classifier = centred(self._in_expert_order()).to(seen.x.device)
+        return self.best(seen, context, lambda products: products * seen.inverse_spread * temperature)
+
+    def rows(self) -> Float[Tensor, "classes dim"]:
+        """The classifier, for tokens that are not standardised (see `Seen.inverse_spread`)."""
+        return centred(self._in_expert_order()) if self._classifier is None else self._classifier
 
     def _in_expert_order(self) -> Float[Tensor, "classes dim"]:
         known = self.statistics.names

@@ -3,10 +3,12 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from alula.context import Context
-from alula.experts.lora import LoRAExperts
-from alula.routers.base import ROUTERS, Router, top_k_softmax
+from alula.experts import Chosen, LoRAExperts
+from alula.routers.base import ROUTERS, Router, scaled
+from alula.routers.seen import Seen
 
 
 def principal_direction(down: Float[Tensor, "rank dim"], up: Float[Tensor, "out rank"]) -> Float[Tensor, " dim"]:
@@ -26,13 +28,13 @@ class ArrowRouter(Router):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.names: list[str] = []
         self.register_buffer("prototypes", torch.zeros(0, dim), persistent=False)
+        self._stale: tuple[LoRAExperts, ...] = ()  # in a tuple, so that the experts are not taken for a part of the router
 
     def grow(self, name: str, experts: LoRAExperts) -> None:
         """Makes room; `refresh` fills it once the expert is trained."""
         self.names.append(name)
-        self.prototypes = torch.cat([self.prototypes.to(experts.A[-1].device), experts.A[-1].new_zeros(1, self.dim)])
+        self.prototypes = self.prototypes.to(experts.A[-1].device)
 
     def remove(self, name: str) -> None:
         """Forgets a prototype."""
@@ -40,19 +42,23 @@ class ArrowRouter(Router):
         self.prototypes = torch.cat([self.prototypes[:gone], self.prototypes[gone + 1 :]])
         self.names.pop(gone)
 
-    @torch.no_grad()
     def refresh(self, experts: LoRAExperts) -> None:
-        """Recomputes all prototypes from the experts' tensors."""
-        rows = [principal_direction(down, up) for down, up in zip(experts.A, experts.B, strict=True)]
-        self.prototypes = torch.stack(rows)
+        """Has all prototypes made anew from the experts' tensors when they are asked for: most pools are routed otherwise."""
+        self._stale = (experts,)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"], context: Context) -> Float[Tensor, "batch tokens experts"]:
-        """Weights over all experts (see the class)."""
-        temperature = 1.0 if context.routing.temperature is None else context.routing.temperature
-        scores = (x.float() @ self.prototypes.float().T).abs() * temperature
-        if context.prior is not None:
-            scores = scores + context.per_row(context.prior, x)
-        return top_k_softmax(scores, top_k=context.routing.top_k)
+    def choose(self, seen: Seen, context: Context) -> Chosen:
+        """Weights of the best experts (see the class)."""
+        temperature = context.routing.temperature
+        return self.best(seen, context, lambda products: scaled(products.abs(), temperature), either_sign=True)
+
+    def rows(self) -> Float[Tensor, "experts dim"]:
+        """The prototypes; zeros for experts that were not there at the last `refresh`."""
+        if self._stale:
+            pairs = zip(self._stale[0].A, self._stale[0].B, strict=True)
+            self.prototypes = torch.stack([principal_direction(down.detach(), up.detach()) for down, up in pairs])
+            self._stale = ()
+        missing = len(self.names) - len(self.prototypes)
+        return functional.pad(self.prototypes, (0, 0, 0, missing)) if missing else self.prototypes
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """Nothing: prototypes follow from the experts."""

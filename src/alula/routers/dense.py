@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from alula.context import Context
-from alula.experts.lora import LoRAExperts
-from alula.routers.base import ROUTERS, Router, top_k_softmax
+from alula.experts import Chosen, LoRAExperts
+from alula.experts.entries import entries
+from alula.routers.base import ROUTERS, Router, prior_of, scaled
+from alula.routers.seen import Kept, Seen
 
 
 @ROUTERS.register("dense")
@@ -33,8 +35,8 @@ class DenseRouter(Router):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.names: list[str] = []
         self.gates = nn.ParameterList()
+        self._kept: Kept[Tensor] = Kept()
 
     def grow(self, name: str, experts: LoRAExperts) -> None:
         """Adds a row of zeros beside the expert's tensors: experts with such rows speak equally, until `draw`."""
@@ -54,14 +56,18 @@ class DenseRouter(Router):
             drawn = torch.empty(self.dim).uniform_(-1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim), generator=generator)
             gate.copy_(drawn)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"], context: Context) -> Float[Tensor, "batch tokens experts"]:
-        """Weights over all experts (see the class)."""
-        routing = context.routing
-        scores = x.float() @ torch.stack(list(self.gates)).float().T
-        scores = scores * (1.0 if routing.temperature is None else routing.temperature)
-        if context.prior is not None:
-            scores = scores + context.per_row(context.prior, x)
-        return scores.softmax(dim=-1) if routing.top_k >= len(self.names) else top_k_softmax(scores, top_k=routing.top_k)
+    def choose(self, seen: Seen, context: Context) -> Chosen:
+        """Weights of all experts, or of the best (see the class)."""
+        routing, prior = context.routing, prior_of(context, seen.x)
+        if routing.top_k < len(self.names):
+            return self.best(seen, context, lambda products: scaled(products, routing.temperature))
+        scores = scaled(seen.products(self), routing.temperature)
+        return Chosen(weights=(scores if prior is None else scores + prior).softmax(dim=-1), experts=len(self.names))
+
+    def rows(self) -> Float[Tensor, "experts dim"]:
+        """The rows of G."""
+        gates = entries(self.gates)
+        return self._kept.of(gates, lambda: torch.stack(gates).float())
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """The expert's row; nothing of the base model, which is never chosen."""

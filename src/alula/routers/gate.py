@@ -1,15 +1,18 @@
 """The learnt gate of PHATGOOSE: one vector per expert and linear layer."""
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from alula.context import BASE, Context
+from alula.context import BASE, Context, Routing
 from alula.errors import UserError
-from alula.experts.lora import LoRAExperts
-from alula.routers.base import ROUTERS, Router, standardise, top_k_softmax
+from alula.experts import Chosen, LoRAExperts
+from alula.experts.entries import entries
+from alula.routers.base import ROUTERS, Router, prior_of, scaled, standardise
+from alula.routers.seen import Kept, Seen
 
 
 @ROUTERS.register("gate")
@@ -33,8 +36,8 @@ class GateRouter(Router):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.names: list[str] = []
         self.gates = nn.ParameterList()
+        self._kept: Kept[tuple[Tensor, Tensor | None]] = Kept()
         self.register_buffer("null_sum", torch.zeros(dim, dtype=torch.float64), persistent=False)
 
     def grow(self, name: str, experts: LoRAExperts) -> None:
@@ -49,29 +52,57 @@ class GateRouter(Router):
         self.gates = nn.ParameterList([gate for index, gate in enumerate(self.gates) if index != gone])
         self.names.pop(gone)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"], context: Context) -> Float[Tensor, "batch tokens experts"]:
-        """Weights over all experts (see the class)."""
+    def choose(self, seen: Seen, context: Context) -> Chosen:
+        """Weights of the best experts (see the class)."""
         if context.gate_of is not None:
-            keep = torch.sigmoid(x.float() @ self.gates[context.gate_of].float())
-            weights = x.new_zeros(*x.shape[:-1], len(self.names), dtype=torch.float32)
-            return weights.index_add(-1, torch.tensor([context.gate_of], device=x.device), keep.unsqueeze(-1))
-        return self._routed(x, context)
-
-    def _routed(self, x: Tensor, context: Context) -> Tensor:
+            keep = torch.sigmoid(seen.fp32 @ self.gates[context.gate_of].float()).unsqueeze(-1)
+            index = torch.full_like(keep, context.gate_of, dtype=torch.long)
+            return Chosen(weights=keep, index=index, experts=len(self.names))
         routing = context.routing
-        scores = self.scores(x) * (1.0 if routing.temperature is None else routing.temperature)
-        if context.prior is not None:
-            scores = scores + context.per_row(context.prior, x)
-        if routing.null == "zero_expert":
-            null = standardise(x) @ standardise(self.null_sum).to(x.device) / math.sqrt(self.dim)
-            with_null = torch.cat([scores, null.unsqueeze(-1)], dim=-1)
-            return top_k_softmax(with_null, top_k=routing.top_k)[..., :-1]
-        weights = top_k_softmax(scores, top_k=routing.top_k)
+
+        def to_scores(products: Tensor) -> Tensor:
+            return scaled(products * seen.inverse_spread, routing.temperature)
+
+        chosen = self.best(seen, context, to_scores, products=lambda: self._competing(seen, routing))
+        assert chosen.index is not None, "gates give slots"
         if routing.null == "sigmoid_keep":
-            return weights * torch.sigmoid(x.float() @ torch.stack(list(self.gates)).float().T)
+            raw = seen.fp32 @ torch.stack(entries(self.gates)).float().T
+            return replace(chosen, weights=chosen.weights * torch.sigmoid(raw.gather(-1, chosen.index)))
         if routing.null == "threshold":
-            return weights * (scores >= routing.threshold)
-        return weights
+            prior = prior_of(context, seen.x)
+            scores = to_scores(self._competing(seen, routing)) + (0.0 if prior is None else prior)
+            return replace(chosen, weights=chosen.weights * (scores.gather(-1, chosen.index) >= routing.threshold))
+        return chosen
+
+    def _competing(self, seen: Seen, routing: Routing) -> Float[Tensor, "batch tokens classes"]:
+        """Products with `rows`, minus infinity for gates never trained, and with the null expert's where there is one."""
+        products, (_, untrained) = seen.products(self), self._derived()
+        if untrained is not None:
+            products = products.masked_fill(untrained, -torch.inf)
+        if routing.null != "zero_expert":
+            return products
+        null = standardise(self.null_sum).to(seen.x.device) / math.sqrt(self.dim)
+        return torch.cat([products, (seen.fp32 @ null).unsqueeze(-1)], dim=-1)
+
+    def rows(self) -> Float[Tensor, "experts dim"]:
+        """The gates standardised, over ``sqrt(n)``: with a token's `Seen.inverse_spread` they give its scores."""
+        return self._derived()[0]
+
+    def _derived(self) -> tuple[Tensor, Tensor | None]:
+        """`rows`, and which gates were never trained, if any."""
+        gates = entries(self.gates)
+
+        def derive() -> tuple[Tensor, Tensor | None]:
+            stacked = torch.stack(gates).float()
+            untrained = stacked.eq(0).all(dim=-1)
+            if bool(untrained.all()):
+                raise UserError(
+                    f"None of the gates of {', '.join(self.names)} was trained, so router 'gate' cannot choose. "
+                    "Train them (`alula learn --router gate`) or use router 'analytic' or 'arrow'."
+                )
+            return standardise(stacked) / math.sqrt(self.dim), untrained if bool(untrained.any()) else None
+
+        return self._kept.of(gates, derive)
 
     def scores(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens experts"]:
         """Scaled products of the standardised token and gates; minus infinity for gates never trained.
@@ -79,15 +110,9 @@ class GateRouter(Router):
         Raises:
             UserError: no gate of the pool was trained.
         """
-        gates = torch.stack(list(self.gates)).float()
-        trained = gates.ne(0).any(dim=-1)
-        if not bool(trained.any()):
-            raise UserError(
-                f"None of the gates of {', '.join(self.names)} was trained, so router 'gate' cannot choose. "
-                "Train them (`alula learn --router gate`) or use router 'analytic' or 'arrow'."
-            )
-        scores = standardise(x) @ standardise(gates).T / math.sqrt(self.dim)
-        return scores.masked_fill(~trained, -torch.inf)
+        seen, (rows, untrained) = Seen(x), self._derived()
+        scores = (seen.fp32 @ rows.T) * seen.inverse_spread
+        return scores if untrained is None else scores.masked_fill(untrained, -torch.inf)
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """The gate vector; for the base model, the sum of standardised activations on general text."""

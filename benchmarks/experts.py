@@ -1,0 +1,294 @@
+"""What token-routed low-rank experts cost beside one LoRA and beside every published form that installs here.
+
+Three tables, each with its bars: one linear layer whose experts share a rank; whole models with top-2 of many experts against one
+LoRA of the rank that is active; decoding one token with a large pool. All forms of a table take turns within each repeat, and only
+ratios of medians are shown. Where a bar cannot be met, what the machine's operations and bytes allow stands beside it.
+
+    python benchmarks/experts.py --out docs/experts_speed.json
+    python benchmarks/experts.py --small
+"""
+
+import argparse
+import copy
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from expert_tables import FEW, decode_table, layer_table, whole_table
+from peers import DECODING, WHOLE, layer_forms, quiet, tell
+from roofline import Ceilings, decode_ratio, measure, step_ratio
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from alula.files import write_json, write_text
+from alula.mixture import Mixture
+
+Row = dict[str, Any]
+MODELS = {"512 wide": (512, 1376, 4), "2048 wide": (2048, 5504, 1), "tiny": (32, 64, 1)}
+NO_GRADIENTS = ("frozen base",)
+
+
+def make_model(name: str) -> Any:
+    """A random Qwen2.5-VL by width, MLP and layers, or the embedded default."""
+    if name == "smol":
+        from alula.models import load_model
+
+        return load_model("smol", dtype="float32")[0].eval()
+    hidden, inner, layers = MODELS[name]
+    heads = max(1, hidden // 64)
+    head = hidden // heads
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]}
+    text = {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 2048, "rope_parameters": rope,
+        "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [0],
+    }
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def tokens_of(batch: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 1000, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def seconds_of(runs: dict[str, Callable[[], Any]], *, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each run; they take turns, and every other repeat backwards."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name in list(runs) if repeat % 2 else list(runs)[::-1]:
+            started = clock()
+            runs[name]()
+            if repeat:  # the first is warm-up
+                found[name].append(clock() - started)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def bytes_saved(run: Callable[[], Tensor], module: nn.Module | None) -> int:
+    """Bytes kept for backward, each storage once, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()} if module is not None else set()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    del out
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def layer_rows(options: argparse.Namespace) -> list[Row]:
+    """One linear layer, experts x rank constant, every expert speaking."""
+    width, rows = options.layer_width, []
+    x = torch.randn(1, options.layer_tokens, width)
+    for experts in options.layer_experts:
+        torch.manual_seed(0)
+        with quiet():
+            forms = layer_forms(lambda: nn.Linear(width, width, bias=False), rank=options.layer_rank, experts=experts)
+        tell(next(form for form in forms.values() if isinstance(form, Mixture)), tuple(x.shape[:2]))  # type: ignore[arg-type]
+
+        def train(form: nn.Module) -> None:
+            form(x.clone().requires_grad_()).square().mean().backward()
+
+        def forward(form: nn.Module) -> None:
+            with torch.no_grad():
+                form(x)
+
+        row: Row = {"experts": experts}
+        for what, run in (("train", train), ("forward", forward)):
+            runs = {name: lambda form=form, run=run: run(form) for name, form in forms.items()}
+            row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
+        row["saved"] = {name: bytes_saved(lambda form=form: form(x.clone().requires_grad_()), form) for name, form in forms.items()}
+        rows.append(row)
+        print(f"layer, {experts} experts: done", flush=True)
+    return rows
+
+
+def step(call: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+    """Forward and, where something trains, backward."""
+    logits = call(**batch, use_cache=False).logits
+    if logits.requires_grad:
+        logits.float().square().mean().backward()
+
+
+def build(name: str, model: nn.Module, *, experts: int, rank: int) -> Any:
+    """A form on a copy of the model, or why it cannot be."""
+    try:
+        with quiet():
+            return WHOLE[name](copy.deepcopy(model), experts=experts, rank=rank, slots=min(2, experts))
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        print(f"{name} with {experts} experts does not run here: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
+def whole_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
+    """A whole model, two of `experts` speaking for each token, against one LoRA of twice the rank."""
+    model, batch, rows = make_model(name), tokens_of(options.batch, options.length), []
+    found = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
+    shapes = [(linear.in_features, linear.out_features) for linear in found]
+    for experts in options.experts:
+        names = list(WHOLE) if experts == FEW or options.small else ["PEFT LoRA", "ours"]
+        forms = {form: call for form in names if (call := build(form, model, experts=experts, rank=options.rank)) is not None}
+
+        def forward(call: Callable[..., Any]) -> None:
+            with torch.no_grad():
+                call(**batch, use_cache=False)
+
+        row: Row = {"model": name, "experts": experts}
+        with quiet():
+            for what, run in (("train", lambda call: step(call, batch)), ("forward", forward)):
+                runs = {form: lambda call=call, run=run: run(call) for form, call in forms.items()}
+                row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
+            row["saved"] = {form: saved_by(call, batch) for form, call in forms.items() if form not in NO_GRADIENTS}
+        slots, count = min(2, experts), options.batch * options.length
+        row["least"] = step_ratio(shapes, ceilings, tokens=count, experts=experts, rank=options.rank, slots=slots)["ratio"]
+        del forms
+        gc.collect()
+        row["peak"] = {} if options.small else {form: peak_of(form, name, experts, options) for form in names}
+        rows.append(row)
+        print(f"{name}, {experts} experts: done", flush=True)
+    return rows
+
+
+def saved_by(call: Any, batch: dict[str, Tensor]) -> int:
+    return bytes_saved(lambda: call(**batch, use_cache=False).logits, call if isinstance(call, nn.Module) else None)
+
+
+def peak_of(form: str, model: str, experts: int, options: argparse.Namespace) -> float | None:
+    """MB that a second train step adds at its peak, measured in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    process = spawn.Process(
+        target=_peak, args=(form, model, experts, options.rank, (options.batch, options.length), options.threads, queue)
+    )
+    process.start()
+    found = queue.get()
+    process.join()
+    return found
+
+
+def _peak(form: str, model: str, experts: int, rank: int, shape: tuple[int, int], threads: int, out: Any) -> None:
+    torch.set_num_threads(threads)
+    call = build(form, make_model(model), experts=experts, rank=rank)
+    if call is None:
+        out.put(None)
+        return
+    with quiet():
+        step(call, tokens_of(1, 8))  # gradients are there
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _high_water_mark()
+        step(call, tokens_of(*shape))
+    out.put(_high_water_mark() - before)
+
+
+def _high_water_mark() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
+    """One token after the other, one answer at a time."""
+    model, prompt, rows = make_model(name), tokens_of(1, options.prompt), []
+    linears = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
+    shapes = [(linear.in_features, linear.out_features) for linear in linears]
+    for experts in options.pools:
+        runs: dict[str, Callable[[], Any]] = {}
+        for form, make in DECODING.items():
+            if form == "PEFT Arrow" and experts > FEW and not options.small:
+                continue  # it would write every expert's output for every token of the prompt
+            with quiet():
+                call = make(copy.deepcopy(model), experts=experts, rank=options.rank, slots=min(2, experts))
+            runs[form] = lambda call=call: answer(call, prompt, tokens=options.tokens)
+        with quiet(), torch.no_grad():
+            seconds = seconds_of(runs, repeats=options.repeats, clock=options.clock)
+        row: Row = {"model": name, "experts": experts, "decode": {form: taken / options.tokens for form, taken in seconds.items()}}
+        base = row["decode"]["frozen base"]
+        row["least"] = {
+            form: decode_ratio(
+                shapes, ceilings, base_seconds=base, experts=experts, rank=options.rank, slots=slots, gated=gated, calls=calls
+            )
+            for form, slots, gated, calls in (("ours, expert told", 1, False, 3), ("ours, gates", 2, True, 12))
+        }
+        rows.append(row)
+        print(f"decoding, {name}, pool of {experts}: done", flush=True)
+    return rows
+
+
+def answer(call: Callable[..., Any], prompt: dict[str, Tensor], *, tokens: int) -> None:
+    """A prompt of a few tokens, and `tokens` further ones from the cache."""
+    out = call(**prompt, use_cache=True)
+    mask = prompt["attention_mask"]
+    for _ in range(tokens):
+        mask = torch.cat([mask, mask[:, :1]], dim=1)
+        token = out.logits[:, -1:].argmax(dim=-1)
+        out = call(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="everything once, tiny: does it run?")
+    parser.add_argument("--models", nargs="+", default=["512 wide", "2048 wide", "smol"], choices=[*MODELS, "smol"])
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8, 32, 64, 256])
+    parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--layer-experts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--layer-width", type=int, default=1024)
+    parser.add_argument("--layer-tokens", type=int, default=512)
+    parser.add_argument("--layer-rank", type=int, default=64, help="of all experts together")
+    parser.add_argument("--rank", type=int, default=16, help="of each expert of a whole model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's seconds, not the wall's: for a busy machine, one thread"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="a .json file; the tables go into the .md file beside it")
+    options = parser.parse_args()
+    if options.small:
+        small = {"models": ["tiny"], "experts": [4], "pools": [4], "layer_experts": [2], "layer_width": 32, "layer_rank": 8, "rank": 4}
+        vars(options).update({**small, "layer_tokens": 16, "batch": 1, "length": 16, "prompt": 4, "tokens": 2, "repeats": 1})
+    options.clock = time.process_time if options.cpu_time else time.perf_counter
+    return options
+
+
+def main() -> None:
+    options = read_options()
+    torch.set_num_threads(options.threads)
+    ceilings = measure() if not options.small else measure(size=64, megabytes=1, repeats=1)
+    layer = layer_rows(options)
+    whole = [row for name in options.models for row in whole_rows(name, options, ceilings)]
+    decoding = [row for name in options.models for row in decode_rows(name, options, ceilings)]
+    machine = f"{ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s, {1e6 * ceilings.call:.1f} µs a call"
+    parts = [
+        ["## One layer, experts × rank constant, every expert speaking", "", *layer_table(layer)],
+        ["## Whole models, two experts of rank r per token against one LoRA of rank 2r", "", *whole_table(whole)],
+        ["## Decoding", "", *decode_table(decoding)],
+        [f"{options.threads} threads; measured ceilings: {machine}; torch {torch.__version__}."],
+    ]
+    text = "\n\n".join("\n".join(part) for part in parts) + "\n"
+    print(text)
+    if options.out:
+        sizes = {key: value for key, value in vars(options).items() if key not in ("out", "clock")}
+        write_json(options.out, {"layer": layer, "whole": whole, "decoding": decoding, "ceilings": vars(ceilings), **sizes})
+        write_text(options.out.with_suffix(".md"), text)
+
+
+if __name__ == "__main__":
+    main()
