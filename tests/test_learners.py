@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from alula import Collator, Routing, attach, load_task
 from alula.errors import UserError
 from alula.learners import attach_learners
 from alula.training.trainable import recompute_activations
@@ -136,57 +135,6 @@ def test_what_is_saved_comes_back_exactly():
             learners.detach()
 
 
-def test_transformers_trainer_trains_learners_and_nothing_else(tmp_path):
-    model, processor = build("llava")
-    attach_learners(model, rank=2, positions=64)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    task = load_task("digits", train_size=8, test_size=1)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, remove_unused_columns=False,
-        report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=list(task.train), data_collator=Collator(processor)).train()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed and all(".learners." in name or ".router." in name for name in changed)
-    assert all(any(f".learners.{kind}." in name for name in changed) for kind in ("image", "text"))
-
-
-def speaking_experts(model):
-    mixtures = attach(model)
-    mixtures.grow("one", rank=2, generator=torch.Generator().manual_seed(2))
-    for mixture in mixtures.sites.values():
-        mixture.experts.B[0].data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
-    mixtures.routing = Routing(fixed={"one": 1.0})
-    return mixtures
-
-
-def test_lora_experts_and_learners_go_together_in_either_order():
-    batch = together(row(3, "I", 4, seed=1), row(6, seed=2), left=True)
-    model, _ = built("llava")
-    base, found = logits(model, batch), []
-    for experts_first in (True, False):
-        mixtures = speaking_experts(model) if experts_first else None
-        learners = teach(attach_learners(model, rank=4, positions=64))
-        mixtures = mixtures or speaking_experts(model)
-        found.append(logits(model, batch))
-        greedy = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [4]}
-        assert torch.equal(model.generate(**batch, **greedy), model.generate(**batch, **greedy, use_cache=False))
-        for handle in (learners, mixtures) if experts_first else (mixtures, learners):
-            handle.detach()
-        assert torch.equal(logits(model, batch), base)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-
-
-def test_learners_below_experts_cannot_be_detached_first():
-    model, _ = build("llava")
-    learners = attach_learners(model, rank=2)
-    mixtures = speaking_experts(model)
-    with pytest.raises(UserError, match="Detach what was attached last"):
-        learners.detach()
-    mixtures.detach()
-    learners.detach()
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -258,13 +206,3 @@ def test_a_model_of_text_alone_takes_learners():
     batch = together(row(5, seed=1), row(8, seed=2), left=True)
     greedy = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**batch, **greedy), model.generate(**batch, **greedy, use_cache=False))
-
-
-def test_mixtures_under_learners_are_not_detached_before_them():
-    model, _ = build("llava")
-    mixtures = attach(model)
-    learners = attach_learners(model, rank=2)
-    with pytest.raises(UserError, match="Detach what was attached last"):
-        mixtures.detach()
-    learners.detach()
-    mixtures.detach()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alula.errors import UserError
 from alula.learners import attach_learners
 from learners_by_hand import ByHand
 from taught_learners import built, logits, row, taught, teach, together
@@ -199,6 +200,27 @@ def test_strict_text_leaves_rows_without_image_bit_for_bit(router):
         assert not torch.equal(logits(model, text), alone), "without strict_text the textual learner speaks"
 
 
+@SIDES
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_row_without_image_knows_nothing_of_the_visual_learner(router, left):
+    """Alone or beside images: in its logits, and in the gradients that it gives."""
+    batch = together(*ROWS, left=left)
+    real = batch["attention_mask"][1].bool()
+    with taught(router=router) as (model, learners):
+        before = logits(model, batch)
+        learners.train("image", "text")
+        model(**batch, use_cache=False).logits[1, real].square().mean().backward()
+        grads = {name: p.grad for name, p in learners.parameters().items()}
+        assert all(grad is None or not grad.any() for name, grad in grads.items() if ".learners.image." in name)
+        assert all(grad.any() for name, grad in grads.items() if ".learners.text." in name)
+        with torch.no_grad():
+            for name, parameter in learners.parameters().items():
+                if ".learners.image." in name:
+                    parameter.add_(1.0)
+        after = logits(model, batch)
+        assert torch.equal(after[1, real], before[1, real]) and not torch.allclose(after[0], before[0])
+
+
 def test_learners_see_no_image_through_padding():
     """An image token that the mask hides is neither feature nor place."""
     full = together(row("I", 3, "I", 4, seed=12))
@@ -237,3 +259,34 @@ def test_sums_carried_through_fused_attention_equal_those_of_eager_weights(left,
         (sums, shares), expected = seen[0], weights.sum(dim=1) @ columns
     torch.testing.assert_close(sums[real], expected[real], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(shares[real].sum(dim=-1), torch.ones(int(real.sum())))
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("router", ["position", "mass", "hidden"])
+def test_attention_weights_that_are_asked_for_are_the_hosts(family, router):
+    model, processor = build(family)
+    model.requires_grad_(False).set_attn_implementation("eager")
+    batch = example_batch(family, processor)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        base = model(**batch, use_cache=False, output_attentions=True)
+        learners = teach(attach_learners(model, rank=4, positions=64, router=router))
+        found = model(**batch, use_cache=False, output_attentions=True)
+    torch.testing.assert_close(found.logits[real], logits(model, batch)[real], **CLOSE)
+    assert torch.equal(found.attentions[0], base.attentions[0]), "the learners do not change what goes into layer 0"
+    assert [weights.shape for weights in found.attentions] == [weights.shape for weights in base.attentions]
+    assert not torch.allclose(found.attentions[1], base.attentions[1])
+    greedy = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [learners.anatomy.image_token_id]}
+    written = model.generate(**batch, **greedy, output_attentions=True, return_dict_in_generate=True)
+    assert torch.equal(written.sequences, model.generate(**batch, **greedy))
+    assert [step[0].shape[-1] for step in written.attentions] == [real.shape[1] + step for step in range(3)]
+
+
+def test_attention_weights_that_are_never_in_memory_are_refused_when_asked_for():
+    _, processor = built("llava")
+    batch = example_batch("llava", processor)
+    with taught() as (model, learners):
+        with pytest.raises(UserError, match=r"set_attn_implementation\('eager'\)"):
+            model(**batch, output_attentions=True)
+        with learners.using():
+            model(**batch, output_attentions=True)

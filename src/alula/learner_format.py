@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,23 +37,15 @@ def read_learners(model: nn.Module, folder: Path | str) -> Learners:
     What was trained with them is put in place, too, and `Learners.detach` takes it out again.
 
     Raises:
-        UserError: no learners there, damaged files, or another base model.
+        UserError: no learners there, damaged files, or another base model; `model` is then as it was.
     """
     folder = Path(folder)
     learners = attach_learners(model, config=LearnerConfig.model_validate(read_json(folder / CONFIG)))
-    learners.load(read_tensors(folder / TENSORS))
-    if (folder / TRAINED).exists():
-        learners.exchange(_fitting(model, read_tensors(folder / TRAINED), folder))
+    try:
+        learners.load(read_tensors(folder / TENSORS))
+        if (folder / TRAINED).exists():
+            learners.exchange(read_tensors(folder / TRAINED), origin=str(folder / TRAINED))
+    except UserError:
+        learners.detach()
+        raise
     return learners
-
-
-def _fitting(model: nn.Module, found: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    known: dict[str, Any] = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in found.items():
-        shape = tuple(known[name].shape) if name in known else "none"
-        if shape != tuple(tensor.shape):
-            raise UserError(
-                f"{folder / TRAINED} holds '{name}' of shape {tuple(tensor.shape)}, the model has {shape}. "
-                "Load the base model they were made for."
-            )
-    return {name: tensor.to(known[name].dtype) for name, tensor in found.items()}

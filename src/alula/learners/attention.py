@@ -1,5 +1,6 @@
 """The mixture around one decoder layer's attention: host + learners + router."""
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from alula.context import PerThread
 from alula.errors import UserError
 from alula.experts.lorra import LoRRA, Rotate
 from alula.learners import columns
@@ -28,6 +30,12 @@ class Call:
     rotary: tuple[Tensor, Tensor] | None
     cache: Cache | None
     sums: Tensor | None
+
+
+class Late(PerThread):
+    """A call between the attention and the norm behind it."""
+
+    call: Call | None = None
 
 
 class AttentionMixture(nn.Module):
@@ -69,7 +77,7 @@ class AttentionMixture(nn.Module):
         self.learners = nn.ModuleDict(learners)
         self.joins_late, self.factor, self.strict_text, self.reference = joins_late, factor, strict_text, reference
         self.causal_images, self.text_start = causal_images, text_start
-        self.late: Call | None = None
+        self.late = Late()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output with the learners' part in it."""
@@ -80,28 +88,39 @@ class AttentionMixture(nn.Module):
             )
         features: Features | None = kwargs.pop(KEYWORD)
         if features is None:
-            self.late = None
+            self.late.call = None
             return self.host(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         marks = features.all_marks(cache)
         if self._is_silent(features):
             self._keep(features, kwargs, cache)
-            self.late = None
+            self.late.call = None
             return self.host(*args, **kwargs)
         wanted = self.router.columns(marks, features.up_to(marks.sum(dim=-1)) - 1) if features.is_routed else None
-        if wanted is not None:
+        if wanted is not None and not features.shows_weights:
             kwargs |= {columns.KEYWORD: wanted, columns.APART: self.strict_text and not features.memo.all_image}
         out = self.host(*args, **kwargs)
-        call = Call(features, kwargs.get("position_embeddings"), cache, out[1] if wanted is not None else None)
+        call = Call(features, kwargs.get("position_embeddings"), cache, self._sums(out[1], wanted, features))
         if self.joins_late:
-            self.late = call
+            self.late.call = call
             return out
         joined = features.memo.residual[self.index] + self.factor * out[0]
         return (self._add(out[0], self.added(joined, call) / self.factor, call), *out[1:])
 
+    def _sums(self, second: Tensor | None, wanted: Tensor | None, features: Features) -> Tensor | None:
+        """The router's sums, which stand in the second place of the host's output unless its weights do."""
+        if wanted is None or not features.shows_weights:
+            return second if wanted is not None else None
+        if second is None:
+            raise UserError(
+                "`output_attentions=True` wants attention weights, and this model's attention never has them in memory. Detach, "
+                "call `model.set_attn_implementation('eager')` and attach again, or leave `output_attentions` out."
+            )
+        return columns.summed(second, wanted)
+
     def join(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         """The hook on the norm behind the attention, where the host's output joins the residual stream late."""
-        call, self.late = self.late, None
+        call, self.late.call = self.late.call, None
         if call is None:
             return out
         joined = call.features.memo.residual[self.index] + out
@@ -161,6 +180,8 @@ class AttentionMixture(nn.Module):
         if rotary is None:
             return lambda heads: heads
         apply = sys.modules[type(self._attention()).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        if "k" not in inspect.signature(apply).parameters:  # Gemma 4 turns one at a time
+            return lambda heads: apply(heads, *rotary)
         return lambda heads: apply(heads, heads[:, :1], *rotary)[0]  # it turns queries and keys, here one key head for nothing
 
     def _attention(self) -> nn.Module:

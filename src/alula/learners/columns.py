@@ -5,7 +5,6 @@ So a sum of attention weights, over image tokens or with one weight per position
 learner and no router.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from alula.errors import UserError
+from alula.mixture.exchange import Attention, exchange_attention, named_attention
 
 KEYWORD = "alula_columns"
 APART = "alula_columns_apart"
-PREFIX = "columns_"
 WIDTH = 8
 """Columns a call can carry; head sizes that are multiples of 8 keep fused kernels at full speed."""
 
@@ -38,20 +35,14 @@ def carry_columns(model: nn.Module, *, decoder: str) -> Callable[[], None]:
     Raises:
         UserError: the model's attention is not one that can be exchanged.
     """
-    text = model.get_submodule(decoder)
-    while not isinstance(text, PreTrainedModel):
-        decoder = decoder.rpartition(".")[0]
-        text = model.get_submodule(decoder)
-    before = text.config._attn_implementation
-    name = f"{PREFIX}{before}"
-    _register(name, before)
-    text.set_attn_implementation(name)
-    if text.config._attn_implementation != name:
-        raise UserError(
-            f"{type(text).__name__} does not let its attention be exchanged, so attention weights cannot be summed. "
-            "For learners use router='hidden' or router='none'; a diagnosis of attention needs another model class."
-        )
-    return lambda: text.set_attn_implementation(before)
+    return exchange_attention(
+        model,
+        decoder=decoder,
+        name="columns",
+        around=_with_columns,
+        otherwise="so attention weights cannot be summed. For learners use router='hidden' or router='none'; a diagnosis of "
+        "attention needs another model class.",
+    )
 
 
 @contextmanager
@@ -64,22 +55,20 @@ def carrying_columns(model: nn.Module, *, decoder: str) -> Iterator[None]:
         undo()
 
 
-def _register(name: str, before: str) -> None:
-    """Makes ``columns_<before>`` known: the same attention and the same mask, with columns."""
-    masks = AttentionMaskInterface()
-    AttentionInterface.register(name, _with_columns(before))
-    AttentionMaskInterface.register(name, masks[before])
+def summed(
+    weights: Float[Tensor, "batch heads tokens cached"], columns: Float[Tensor, "batch keys columns"]
+) -> Float[Tensor, "batch tokens columns"]:
+    """What `columns` sum to over heads and keys, by weights that are in memory."""
+    return weights.sum(dim=1) @ _of_cached(columns, weights.shape[-1]).to(weights.dtype)
 
 
-def _with_columns(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    own = AttentionInterface()
+def _with_columns(before: str) -> Attention:
+    call = named_attention(before)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         columns, apart = kwargs.pop(KEYWORD, None), kwargs.pop(APART, False)
-        # Every modeling file has its own eager attention beside the module.
-        call = own[before] if before in own else sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
         if columns is None:
             return call(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("scaling") is None:
@@ -99,12 +88,14 @@ def _with_columns(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def fit(columns: Float[Tensor, "batch keys columns"], value: Float[Tensor, "batch heads cached dim"]) -> Tensor:
-    """`columns` for the keys that a layer really attends to, one copy per key head, `WIDTH` wide.
-
-    A sliding window keeps the last keys only, a static cache has room for more.
-    """
+    """`columns` for the keys that a layer really attends to, one copy per key head, `WIDTH` wide."""
     batch, heads, cached, _ = value.shape
     assert columns.shape[-1] <= WIDTH, f"{columns.shape[-1]} columns came, {WIDTH} fit"
-    found = columns[:, -cached:]
-    padded = functional.pad(found, (0, WIDTH - found.shape[-1], 0, cached - found.shape[1]))
+    padded = functional.pad(_of_cached(columns, cached), (0, WIDTH - columns.shape[-1]))
     return padded.to(value.dtype).unsqueeze(1).expand(batch, heads, cached, WIDTH)
+
+
+def _of_cached(columns: Float[Tensor, "batch keys columns"], cached: int) -> Float[Tensor, "batch cached columns"]:
+    """A sliding window keeps the last keys only, a static cache has room for more."""
+    found = columns[:, -cached:]
+    return functional.pad(found, (0, 0, 0, cached - found.shape[1]))

@@ -18,6 +18,10 @@ TEXT, IMAGE = 0, 1
 """Columns of the marks."""
 
 
+class MarkLayer(DynamicLayer):
+    """The marks of all tokens of a generation: the first of the learners' layers in its cache."""
+
+
 class FeatureLayer(DynamicLayer):
     """Keys and values of image features, kept among a cache's own layers: reordered, repeated and selected with them.
 
@@ -49,6 +53,7 @@ class Features:
         documents: which packed document a token belongs to; None: one per row.
         modalities: the learners that speak.
         is_routed: False: each of them with weight 1.
+        shows_weights: the caller asked for attention weights, so the host's own must come out.
     """
 
     marks: Float[Tensor, "batch tokens 2"]
@@ -56,6 +61,7 @@ class Features:
     modalities: tuple[str, ...]
     is_routed: bool
     num_layers: int
+    shows_weights: bool = False
     memo: "Memo" = field(default_factory=lambda: Memo())
 
     def all_marks(self, cache: Cache | None) -> Float[Tensor, "batch keys 2"]:
@@ -128,15 +134,22 @@ def kept(cache: Cache, *, num_layers: int) -> Sequence[Any]:
 
     Living inside the cache they follow it through beam search, batch selection, cropping and copying.
     """
-    make = cache.layer_class_to_replicate
-    while len(cache.layers) < num_layers and make is not None:
-        cache.layers.append(make())
-    if len(cache.layers) == num_layers:
-        marks = DynamicLayer()
+    if _marks(cache, num_layers=num_layers) is None:
+        make = cache.layer_class_to_replicate
+        while len(cache.layers) < num_layers and make is not None:
+            cache.layers.append(make())
+        marks = MarkLayer()
         cache.layers.append(marks)
         for _ in range(num_layers):
             cache.layers.extend((DynamicLayer(), FeatureLayer(marks)))
-    return cache.layers[num_layers:]
+    return cache.layers[-1 - 2 * num_layers :]
+
+
+def _marks(cache: Cache, *, num_layers: int) -> MarkLayer | None:
+    """The learners' first layer; the model's own before it may be fewer than its decoder's, where decoder layers share one."""
+    first = len(cache.layers) - 1 - 2 * num_layers
+    found = cache.layers[first] if first >= 0 else None
+    return found if isinstance(found, MarkLayer) else None
 
 
 def num_seen(cache: Cache | None, *, num_layers: int) -> int:
@@ -148,8 +161,8 @@ def num_seen(cache: Cache | None, *, num_layers: int) -> int:
     if cache is None:
         return 0
     there = int(cache.get_seq_length())
-    marks = cache.layers[num_layers] if len(cache.layers) > num_layers else None
-    known = marks.get_seq_length() if isinstance(marks, DynamicLayer) else 0
+    marks = _marks(cache, num_layers=num_layers)
+    known = marks.get_seq_length() if marks is not None else 0
     if there != known:
         raise UserError(
             f"This cache holds {there} tokens, but the learners saw {known} of them, so they cannot tell image from text in it. "

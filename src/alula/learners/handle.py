@@ -2,19 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from alula.context import Variable
 from alula.errors import UserError, nearest
 from alula.experts.lorra import LoRRA
 from alula.learners.attention import MODALITIES, AttentionMixture, joining_norm
 from alula.learners.columns import carry_columns
 from alula.learners.features import KEYWORD, Features, documents_of, num_seen, valid_tokens
 from alula.models.anatomy import Anatomy, anatomy
+from alula.models.parameters import freeze_base, tensors_for
 from alula.routers.learner import LEARNER_ROUTERS
 
 
@@ -36,7 +38,7 @@ class LearnerConfig(BaseModel):
     strict_text: bool = False
     """Rows without an image are bit-identical to the host's."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers by index; None is all."""
+    """Decoder layers by index; None is all with softmax attention over keys of their own."""
     reference: bool = False
     """The arithmetic of the official code (see `AttentionMixture`)."""
     causal_images: bool = False
@@ -55,11 +57,9 @@ class Learners:
 
     def __init__(self, model: nn.Module, parts: Anatomy, sites: Mapping[str, AttentionMixture], config: LearnerConfig) -> None:
         self.model, self.anatomy, self.sites, self.config = model, parts, dict(sites), config
-        self._speaking: ContextVar[tuple[tuple[str, ...], bool]] = ContextVar(
-            "alula_learners", default=(config.modalities, config.router != "none")
-        )
+        self._speaking = Variable("alula_learners", (config.modalities, config.router != "none"))
         self._undo: list[Callable[[], None]] = []
-        self._inside = {path: set(map(id, mixture.host.modules())) for path, mixture in sites.items()}
+        self._inside = {path: list(mixture.host.modules()) for path, mixture in sites.items()}
 
     @contextlib.contextmanager
     def using(self, *modalities: str, routed: bool = True) -> Iterator[None]:
@@ -123,19 +123,18 @@ class Learners:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
-    @torch.no_grad()
-    def exchange(self, values: Mapping[str, Tensor]) -> None:
-        """Puts other parameters of the model (a connector trained with the learners) in place until `detach`."""
-        known = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        before = {name: known[name].detach().clone() for name in values}
+    def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
+        """Puts other parameters of the model (a connector trained with the learners) in place until `detach`.
 
-        def put(found: Mapping[str, Tensor]) -> None:
-            with torch.no_grad():
-                for name, value in found.items():
-                    known[name].copy_(value)
+        Args:
+            origin: where they come from, for the error.
 
-        put(values)
-        self._undo.append(lambda: put(before))
+        Raises:
+            UserError: the model has no such parameter, or one of another shape.
+        """
+        own = tensors_for(self.model, values, origin=origin, remedy="Load the base model they were made for.")
+        self._undo.append(partial(_put, own, {name: tensor.detach().clone() for name, tensor in own.items()}))
+        _put(own, values)
 
     def detach(self) -> nn.Module:
         """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`.
@@ -144,7 +143,7 @@ class Learners:
             UserError: something else was attached after the learners and is still there.
         """
         for path, mixture in self.sites.items():
-            if set(map(id, mixture.host.modules())) != self._inside[path]:
+            if set(mixture.host.modules()) != set(self._inside[path]):
                 raise UserError(f"{path} was changed after the learners came. Detach what was attached last (LoRA experts) first.")
         for undo in self._undo:
             undo()
@@ -168,7 +167,7 @@ class Learners:
         if any(mixture.router.columns(*nothing) is not None for mixture in self.sites.values()):
             self._undo.append(carry_columns(self.model, decoder=self.anatomy.decoder))
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         modalities, is_routed = self._speaking.get()
         if not modalities:
             return args, {**kwargs, KEYWORD: None}
@@ -186,6 +185,7 @@ class Learners:
             modalities=modalities,
             is_routed=is_routed,
             num_layers=self.anatomy.num_layers,
+            shows_weights=bool(kwargs.get("output_attentions", model.config.get_text_config(decoder=True).output_attentions)),
         )
         return args, {**kwargs, KEYWORD: features}
 
@@ -194,6 +194,12 @@ class Learners:
         count = sum(parameter.numel() for parameter in self.parameters().values())
         kinds = " and ".join(self.config.modalities)
         return f"{len(self.sites)} attention layers carry {kinds} learners of rank {self.config.rank} ({count:,} parameters)"
+
+
+@torch.no_grad()
+def _put(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        tensor.copy_(values[name])
 
 
 def _hand_on(index: int) -> Any:
@@ -209,7 +215,9 @@ def _hand_on(index: int) -> Any:
 
 
 def attach_learners(model: nn.Module, *, config: LearnerConfig | None = None, **options: Any) -> Learners:
-    """Puts learners beside the attention of any decoder-style vision-language model, silent at birth.
+    """Puts learners beside the attention of any decoder-style vision-language model, silent at birth and ready to train.
+
+    The base is frozen; LoRA experts that are there already, or come later, train on or not as their own handle says.
 
     Args:
         config: how they sit in it; or its fields as keywords (see `LearnerConfig`).
@@ -228,8 +236,8 @@ def attach_learners(model: nn.Module, *, config: LearnerConfig | None = None, **
     config = config or LearnerConfig(**options)
     parts = anatomy(model)
     _check(model, config, parts)
-    chosen = [index % parts.num_layers for index in (range(parts.num_layers) if config.layers is None else config.layers)]
-    model.requires_grad_(False)
+    chosen = [index % parts.num_layers for index in (parts.softmax_layers if config.layers is None else config.layers)]
+    freeze_base(model)
     sites: dict[str, AttentionMixture] = {}
     for index in chosen:
         path = parts.attention[index]
@@ -279,8 +287,9 @@ def _check(model: Any, config: LearnerConfig, parts: Anatomy) -> None:
         if name not in MODALITIES:
             raise UserError(f"Unknown modality '{name}'. {nearest(name, MODALITIES)}")
     for index in config.layers or ():
-        if not -parts.num_layers <= index < parts.num_layers:
-            raise UserError(f"There is no decoder layer {index}. The layers are 0 to {parts.num_layers - 1}. Correct `layers`.")
+        if not -(count := parts.num_layers) <= index < count or index % count not in parts.softmax_layers:
+            able = f"Of 0 to {count - 1} have it: {', '.join(map(str, parts.softmax_layers)) or 'none'}"
+            raise UserError(f"There is no decoder layer {index} with softmax attention. {able}. Correct `layers`.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder; learners sit in decoder-only models. Use `attach` (LoRA experts).")
     crossing = [path for path in parts.attention if path.endswith("cross_attn")]
