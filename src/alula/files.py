@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -146,6 +147,39 @@ def read_tensors(path: Path | str) -> "dict[str, Tensor]":
         raise UserError(
             f"{path} is not a whole safetensors file ({error}). It may be half written: delete it and use an earlier one."
         ) from error
+
+
+def map_tensors(path: Path | str) -> "dict[str, Tensor]":
+    """What `read_tensors` gives, as views of the mapped file: a page is read when somebody first looks at it.
+
+    `read_tensors` touches every tensor, which makes most of a file of small ones resident. What is written into the views stays
+    in memory and never reaches the file.
+
+    Raises:
+        UserError: no such file, or a truncated or foreign file.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    try:
+        with safe_open(path, framework="pt") as found:
+            places = [(key, found.get_slice(key)) for key in found.offset_keys()]
+    except (FileNotFoundError, SafetensorError):
+        return read_tensors(path)  # it says what is wrong
+    kinds = [dtypes.get(place.get_dtype()) for _, place in places]
+    size = Path(path).stat().st_size
+    counts = [math.prod(place.get_shape()) for _, place in places]
+    start = size - sum(count * kind.itemsize for count, kind in zip(counts, kinds, strict=True) if kind)
+    if None in kinds or start % 8:  # integers, or a writer that does not align its tensors
+        return read_tensors(path)
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    tensors: dict[str, Tensor] = {}
+    for (key, place), kind, count in zip(places, kinds, counts, strict=True):
+        assert kind is not None
+        tensors[key] = torch.empty(0, dtype=kind).set_(storage, start // kind.itemsize, place.get_shape())
+        start += count * kind.itemsize
+    return tensors
 
 
 def sha256(path: Path | str) -> str:
