@@ -1,6 +1,6 @@
-"""A tiny stream to train: alone, killed at a step, or by several processes. Run by test_resume.py; imported by test_training.py.
+"""A tiny stream to train, to the end or killed at a step. Run by test_resume.py; imported by test_training.py.
 
-python tests/resume_worker.py FOLDER [--die-at TASK STEP] [--processes]
+python tests/resume_worker.py FOLDER --die-at TASK STEP
 """
 
 import argparse
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,32 +129,14 @@ def train(folder: Path | None, *, method: type[Method] = LastLayer, settings: Tr
 
 
 def main() -> None:
-    """The process that dies, or one of several."""
+    """The process that dies."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--die-at", nargs=2, default=None)
-    parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--die-at", nargs=2, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.processes:
-        several(given.folder)
-        return
     train(given.folder, method=Mortal, die_at=(given.die_at[0], int(given.die_at[1])))
     sys.exit("it should have been killed")
-
-
-def several(folder: Path) -> None:
-    """One of several processes; batches of five, so that shares differ."""
-    accelerator = Accelerator(cpu=True)
-    settings = SETTINGS.model_copy(update={"batch_size": 5})
-    model = tiny_model()
-    model.config.attention_dropout = 0.0  # its masks differ between processes, as they should
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.0
-    trainer = Trainer(model, LastLayer(model, settings=settings), collate, settings=settings, folder=folder, accelerator=accelerator)
-    list(trainer.learn(stream()))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

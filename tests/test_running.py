@@ -37,6 +37,7 @@ def recipe(tiny, **changes):
         ],
         "seeds": [0],
         "train": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
+        "trackers": ["tensorboard"],
         "examples": 2,
     }
     return check_recipe({**raw, **changes})
@@ -82,6 +83,17 @@ def test_the_report_of_a_real_run_shows_every_method_and_asks_nothing_of_the_net
     assert not re.search(r"(src|href)=\"https?:", page)
     routing = read_json(finished / "cells" / "routed-seed0" / "routing.json")
     assert all(arm["layers"] == [1, 2] and all(len(task) == 2 for task in arm["weights"]) for arm in routing)
+
+
+def test_every_score_is_in_the_tracker(finished):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cell = finished / "cells" / "finetune-seed0"
+    kept = min(cell.rglob("events.out.*"), key=lambda path: len(path.parts))  # settings are in a folder below
+    found = accumulator.EventAccumulator(str(kept.parent))
+    found.Reload()
+    for task in ("easy_vqa", "digits", "capital", "prose"):
+        kept_scores = [row["score"] for row in read_jsonl(cell / "scores.jsonl") if row["task"] == task]
+        assert [event.value for event in found.Scalars(f"score/{task} (default)")] == pytest.approx(kept_scores)
 
 
 def test_joint_has_one_row_after_all_tasks(finished):

@@ -194,6 +194,22 @@ def test_bf16_runs_and_keeps_fp32_weights(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # bf16 has three digits
 
 
+def test_weights_in_bf16_stay_so_and_experts_beside_them_learn_in_fp32(tmp_path):
+    model, processor = build("llava")
+    model = model.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = FAST.model_copy(update={"steps": 6, "learning_rate": 1e-2, "activation_checkpointing": True})
+    trainer = learn(
+        METHODS["finetune"], settings=settings, model=model, data=picture_stream(), collator=Collator(processor), folder=tmp_path
+    )
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "losses.jsonl")]
+    assert losses[5] < losses[0] - 0.3
+    assert {value.dtype for value in trainer.method.stored_tensors(model).values()} == {torch.float32}
+    trainer.method.mixtures.detach()
+    after = model.state_dict()
+    assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_joint_sees_all_tasks_with_the_same_compute():
     seen = set()
 
@@ -282,25 +298,38 @@ def test_rate_rises_then_follows_the_schedule(schedule, last):
     assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
-def test_tensorboard_gets_the_losses(tmp_path):
-    pytest.importorskip("tensorboard")
-    learn(Everything, folder=tmp_path / "cell", trackers=["tensorboard"])
-    assert list((tmp_path / "cell").rglob("events.out.*"))
+def learn_with_scores(folder, tracker):
+    model = tiny_model()
+    trainer = Trainer(model, Everything(model, settings=FAST), collate, settings=FAST, folder=folder, trackers=[tracker])
+    trainer.track({"score/untouched": 0.25})
+    for learnt in trainer.learn(stream()):
+        trainer.track({f"score/{learnt.task.name}": 0.5})
+
+
+def test_tensorboard_gets_losses_and_scores(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    learn_with_scores(tmp_path / "cell", "tensorboard")
+    kept = min((tmp_path / "cell").rglob("events.out.*"), key=lambda path: len(path.parts))  # settings are in a folder below
+    found = accumulator.EventAccumulator(str(kept.parent))
+    found.Reload()
+    steps = {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert steps["loss"] == [1, 2, 3, 4, 5, 6]
+    assert [steps[f"score/{name}"] for name in ("untouched", "first", "second")] == [[0], [3], [6]]
 
 
 # wandb's own: a field of pydantic under a name it reserves, and the like.
 @pytest.mark.filterwarnings("ignore::Warning")
-def test_wandb_gets_the_losses_in_the_cells_folder(tmp_path, monkeypatch):
+def test_wandb_gets_losses_and_scores_in_the_cells_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-    learn(Everything, folder=tmp_path / "cell", trackers=["wandb"])
+    learn_with_scores(tmp_path / "cell", "wandb")
     (kept,) = (tmp_path / "cell" / "wandb").glob("offline-run-*/*.wandb")
     until = time.monotonic() + 30
-    while b"loss" not in kept.read_bytes() and time.monotonic() < until:
+    while b"score/second" not in kept.read_bytes() and time.monotonic() < until:
         time.sleep(0.2)  # its service writes the file a moment after the run was closed
-    assert b"loss" in kept.read_bytes() and not (tmp_path / "wandb").exists()
+    assert b"loss" in kept.read_bytes() and b"score/second" in kept.read_bytes() and not (tmp_path / "wandb").exists()
 
 
 @pytest.mark.parametrize(("name", "words"), [("tensorbord", "Did you mean 'tensorboard'"), ("comet_ml", "not installed here")])

@@ -22,7 +22,7 @@ def align(
     settings = check_train(defaults | parse_settings(set_ or []))
     choice = task_choice(task, train_size=train_size)
     from alula.aligning import align as run
-    from alula.running.run import load_choice
+    from alula.running.choices import load_choice
 
     with progress() as bar:
         made = run(model, load_choice(choice), settings=settings, folder=out, progress=bar)

@@ -6,7 +6,26 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from alula.cli import align, compare, diagnose, evaluate, gate, generate, learn, listing, recommend, report, run
+from alula.cli import (
+    adopt,
+    align,
+    compare,
+    diagnose,
+    doctor,
+    evaluate,
+    export,
+    gate,
+    generate,
+    learn,
+    listing,
+    merge,
+    push,
+    recommend,
+    remap,
+    report,
+    run,
+    serve,
+)
 from alula.cli.screen import notes
 from alula.errors import UserError
 
@@ -57,3 +76,11 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("align")(align.align)
 app.command("recommend")(recommend.recommend)
+app.command("serve")(serve.serve)
+app.command("adopt")(adopt.adopt)
+app.command("export")(export.export)
+app.command("merge")(merge.merge)
+app.command("card")(push.card)
+app.command("push")(push.push)
+app.command("remap")(remap.remap)
+app.command("doctor")(doctor.doctor)

@@ -35,7 +35,7 @@ def diagnose(
     path = Path(data)
     is_file = path.suffix in FILES or "/" in data
     choice = task_choice(f"{path.stem}={data}") if is_file else task_choice(data, test_size=limit)
-    from alula.running.run import load_to_score
+    from alula.running.choices import load_to_score
 
     samples = list(load_to_score(choice).test)[:limit]
     with progress() as bar:

@@ -1,7 +1,7 @@
 """`alula learn`: one more task for a pool, without any old data."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def learn(
         str | None, typer.Option(help="Who chooses among a new pool's experts (`alula list`). Default: analytic_reject.")
     ] = None,
     method: Annotated[str, typer.Option(help="routed: one expert per task; wings: learners beside attention.")] = "routed",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or 4bit.")] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=200. May be repeated.")] = None,
 ) -> None:
     """Learn one task. Nothing that the pool holds is changed; no data of earlier tasks is needed.
@@ -35,17 +35,18 @@ def learn(
     A row of the file, with images beside it:
     {"question": "What is this?", "answer": "a heron", "image": "heron.png"}
     """
-    from alula.cli.arguments import quoted, task_choice
-    from alula.cli.screen import notes, progress, results
+    from alula.cli.arguments import task_choice
+    from alula.cli.launched import is_main, launched
+    from alula.cli.screen import progress, silent
     from alula.config import check_train, parse_settings
     from alula.errors import UserError
 
-    settings = check_train({"save_every": 20} | parse_settings(set_ or []))
     choice = task_choice(task, test_path=test, scoring=scoring, train_size=train_size, test_size=test_size)
-    from alula.running.learn import learn_task
-    from alula.running.run import load_choice
+    with launched() as asked, silent(not is_main()), progress() as bar:
+        settings = check_train({"save_every": 20} | parse_settings([*(set_ or []), *asked]))
+        from alula.running.choices import load_choice
+        from alula.running.learn import learn_task
 
-    with progress() as bar:
         if method == "wings":
             from alula.running.learn_wings import learn_wings
 
@@ -57,9 +58,18 @@ def learn(
             )
         else:
             raise UserError(f"Method '{method}' came; a pool is taught by routed or wings. For other methods write a recipe: `alula run`.")
+    if is_main():
+        _tell(choice.name, about, pool)
+
+
+def _tell(name: str, about: dict[str, Any], pool: Path) -> None:
+    """The scores, and what to do next."""
+    from alula.cli.arguments import quoted
+    from alula.cli.screen import notes, results
+
     if about["after"] is not None:
         scores = f"{about['before']:.3f} before, {about['after']:.3f} after"
-        results.print(f"{choice.name}: {scores} ({about['metric'].replace('_', ' ')}, n = {about['test_samples']})", soft_wrap=True)
+        results.print(f"{name}: {scores} ({about['metric'].replace('_', ' ')}, n = {about['test_samples']})", soft_wrap=True)
         if about["test_samples"] < FEW:
             notes.print(f"n = {about['test_samples']} says little; --test takes a file with more test rows.", soft_wrap=True)
     asking = f"alula generate --pool {quoted(pool)} --image picture.png 'What is this?'"

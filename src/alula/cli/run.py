@@ -5,24 +5,29 @@ from typing import Annotated
 
 import typer
 
+from alula.cli.launched import is_main, launched
 from alula.errors import UserError
 
-RECIPE = "A YAML recipe: tasks, base tasks, methods, seeds, orders."
-OUT = "The run folder. Default: runs/<name of the recipe>."
-CHANGES = "Change one value: train.steps=100. May be repeated."
-WORKERS = "Cells at once, each in a process of its own: a number, or auto for what memory and cores allow. Default: 1; with --ray auto."
-RAY = "Address of a Ray cluster that runs the cells. All its machines must see the run folder, the data and the model."
+RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe: tasks, base tasks, methods, seeds, orders.")]
+RunFolder = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/<name of the recipe>.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change one value: train.steps=100. May be repeated.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        help="Cells at once, each in a process of its own: a number, or auto for what memory and cores allow. Default: 1; with --ray auto."
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Address of a Ray cluster that runs the cells. All its machines must see the run folder, the data and the model."),
+]
 
 
-def run(
-    recipe: Annotated[Path, typer.Argument(help=RECIPE)],
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help=CHANGES)] = None,
-    workers: Annotated[str | None, typer.Option(help=WORKERS)] = None,
-    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
-) -> None:
+def run(recipe: RecipeFile, out: RunFolder = None, set_: Changes = None, workers: Workers = None, ray: RayAddress = None) -> None:
     """Run a recipe. Resumable: the same command goes on where it was stopped and skips what is done."""
     folder, crashed = run_cells(recipe, out=out, changes=set_, workers=workers, ray=ray)
+    if not is_main():
+        return
     from alula.report import build_report
 
     show_results(folder, {"Report": build_report(folder)}, crashed)
@@ -30,19 +35,21 @@ def run(
 
 def run_cells(recipe: Path, *, out: Path | None, changes: list[str] | None, workers: str | None, ray: str | None) -> tuple[Path, int]:
     """Runs what is not done yet; gives the run folder and the number of cells that crashed."""
-    from alula.cli.screen import notes, progress
+    from alula.cli.screen import notes, progress, silent
     from alula.config import read_recipe
 
     count = read_workers(workers, is_cluster=ray is not None)
-    wanted = read_recipe(recipe, changes=changes)
     folder = out or Path("runs") / recipe.stem
-    from alula.running.run import run_recipe
 
     def say(line: str) -> None:
         notes.print(line, markup=False, soft_wrap=True)
 
-    with progress() as bar:
-        return folder, run_recipe(wanted, folder, progress=bar, say=say, workers=count, ray=ray)
+    with launched() as asked, silent(not is_main()):
+        wanted = read_recipe(recipe, changes=[*(changes or []), *(f"train.{setting}" for setting in asked)])
+        from alula.running.run import run_recipe
+
+        with progress() as bar:
+            return folder, run_recipe(wanted, folder, progress=bar, say=say, workers=count, ray=ray)
 
 
 def read_workers(text: str | None, *, is_cluster: bool = False) -> int | None:

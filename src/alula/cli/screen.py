@@ -15,6 +15,19 @@ results = Console(highlight=False)
 
 
 @contextlib.contextmanager
+def silent(is_silent: bool) -> Iterator[None]:
+    """A block that shows nothing if `is_silent`: one of several processes speaks for all. Errors leave it and are shown."""
+    consoles = (notes, results)
+    for console in consoles:
+        console.quiet = is_silent
+    try:
+        yield
+    finally:
+        for console in consoles:
+            console.quiet = False
+
+
+@contextlib.contextmanager
 def progress() -> Iterator["Progress"]:
     """A progress bar with time left; the loop's notes appear above it."""
     from rich.logging import RichHandler

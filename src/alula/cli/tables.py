@@ -29,9 +29,9 @@ def summary_table(folder: Path) -> Table:
 
 def pool_table(folder: Path) -> Table:
     """One row per expert: what it was trained on, and its scores when it was learnt."""
-    from alula.report.pool_page import read_pool
+    from alula.pool.manifest import read_manifest
 
-    manifest = read_pool(folder)
+    manifest = read_manifest(folder)
     table = Table("expert", "added", "samples", "steps", "before", "after", "n", title=f"{folder}: base model {manifest['base']['name']}")
     for expert in manifest["experts"]:
         about = expert.get("about", {})

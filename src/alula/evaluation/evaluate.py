@@ -12,6 +12,8 @@ from alula.evaluation.generation import Around, BatchMaker, generate_answers, un
 from alula.evaluation.prose import measure_prose
 from alula.evaluation.ranking import check_options, rank_options
 from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, prompt_text
+from alula.training.processes import Team
+from alula.training.sharding import is_sharded
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +41,7 @@ def evaluate_task(
     method: str = "",
     limit: int | None = None,
     around: Around | None = None,
+    team: Team | None = None,
 ) -> list[Prediction]:
     """The prediction for each test sample of `task`, in the order of `task.test`.
 
@@ -52,6 +55,8 @@ def evaluate_task(
         limit: samples; only the first so many are used, None for all.
         around: gives a context for each batch, entered around `generate` or the forward. The batch holds `labels`
             where options or prose are measured.
+        team: processes with the same model that call this together: each takes some of the batches, all get every
+            prediction. A sharded model goes through every batch on all of them.
 
     Raises:
         UserError: a ranked sample without options, or whose answer is none of them.
@@ -62,13 +67,17 @@ def evaluate_task(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(samples, batch_size, is_ranked=task.scoring == "ranked"):
+        batches = list(_batches(samples, batch_size, is_ranked=task.scoring == "ranked"))
+        shares_batches = team is not None and not is_sharded(model)
+        for batch in batches[team.index :: team.count] if team and shares_batches else batches:
             for index, found in zip(batch, answer([samples[index] for index in batch]), strict=True):
                 predictions[index] = _prediction(task, samples[index], found, method=method, seed=seed)
             if progress is not None:
                 progress(len(predictions), len(samples))
     finally:
         model.train(was_training)
+    for found_there in team.gather(predictions) if team and shares_batches else ():
+        predictions |= found_there
     return [predictions[index] for index in range(len(samples))]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.errors import UserError
+from alula.methods.rates import resolve_rate
 from alula.mixture import Mixtures
 from alula.objectives.next_token import next_token_loss
 from alula.registry import Registry
@@ -87,16 +88,19 @@ class Method(ABC):
 
     Attributes:
         shares_parameters: every task goes on training the same parameters; False: each task has parameters of its own.
+        can_shard: right also where the base model's weights are spread over processes (`training.sharding`): nothing reads
+            or changes their values outside of a forward.
         mixtures: the mixtures that the method works with, if it does.
         trained: names of all parameters that ever had gradients; kept up by the training loop.
     """
 
     shares_parameters: ClassVar[bool] = True
+    can_shard: bool = False
     mixtures: Mixtures | None = None
 
     def __init__(self, model: nn.Module, *, settings: "TrainSettings") -> None:
-        del model  # subclasses look at it, attach modules, freeze
-        self.settings = settings
+        # Of the model a method needs no more here; subclasses look at it, attach modules, freeze.
+        self.settings = resolve_rate(settings, model)
         self.trained: set[str] = set()
 
     @property
@@ -114,7 +118,7 @@ class Method(ABC):
     def stages(self, task: Task) -> tuple[Stage, ...]:
         """The stages of `task` in order; a pure function."""
         steps = self.settings.steps * task.num_merged
-        return (Stage(name="train", steps=steps, learning_rate=self.settings.learning_rate),)
+        return (Stage(name="train", steps=steps, learning_rate=self.settings.rate),)
 
     def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
         """Sets ``requires_grad`` of every parameter: what has it is what trains."""

@@ -63,10 +63,14 @@ class FinetuneFull(FullDecoder):
     Source: "naive fine-tuning" of Srivastava et al. 2025 (arXiv 2410.19925), there with the connector.
     """
 
+    can_shard = True
+
 
 @METHODS.register("joint_full")
 class JointFull(FullDecoder):
     """All tasks at once, with as many steps as the tasks have in turn."""
+
+    can_shard = True
 
     def arrange(self, stream: Stream) -> Stream:
         """One task with everybody's data."""

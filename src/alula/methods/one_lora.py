@@ -23,6 +23,8 @@ class OneLoRA(Method):
         rank, alpha: its width and scale (see `Mixtures.grow`).
     """
 
+    can_shard = True
+
     def __init__(
         self,
         model: nn.Module,

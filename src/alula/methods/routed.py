@@ -38,6 +38,7 @@ class Routed(Method):
     """
 
     shares_parameters = False
+    can_shard = True
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Routed(Method):
     def stages(self, task: Task) -> tuple[Stage, ...]:
         """Expert, gate if an arm needs it, statistics if one needs them."""
         settings = self.settings
-        stages = [Stage(name="expert", steps=settings.steps * task.num_merged, learning_rate=settings.learning_rate)]
+        stages = [Stage(name="expert", steps=settings.steps * task.num_merged, learning_rate=settings.rate)]
         if any(routing.router == "gate" for routing in self._routings):
             stages.append(Stage(name="gate", steps=self.gate_steps * task.num_merged, learning_rate=self.gate_learning_rate))
         if any(routing.router == "analytic" or routing.level == "combined" for routing in self._routings):

@@ -68,10 +68,10 @@ class Wings(Method):
         settings, steps = self.settings, self.settings.steps * task.num_merged
         has_images = any(sample.images for sample in task.train)
         first = round(self.visual_ratio * steps) if has_images and "image" in self.learners.config.modalities else 0
-        tune = Stage(name=TUNE, steps=steps - first, learning_rate=settings.learning_rate, rates=self._rates())
+        tune = Stage(name=TUNE, steps=steps - first, learning_rate=settings.rate, rates=self._rates())
         if not first:
             return (tune,)
-        return (Stage(name=ALIGN, steps=first, learning_rate=self.visual_rate or settings.learning_rate), tune)
+        return (Stage(name=ALIGN, steps=first, learning_rate=self.visual_rate or settings.rate), tune)
 
     def _rates(self) -> dict[str, float]:
         """Stage 2's rates: the backbone's, inside it the learners', and the connector's."""
@@ -80,7 +80,7 @@ class Wings(Method):
         if self.backbone_rate is not None:
             rates[parts.decoder] = float(self.backbone_rate)
             for path in self.learners.sites:
-                rates |= {path: self.settings.learning_rate, f"{path}.host": float(self.backbone_rate)}
+                rates |= {path: self.settings.rate, f"{path}.host": float(self.backbone_rate)}
         if self.connector_rate is not None:
             rates |= dict.fromkeys(parts.connector, float(self.connector_rate))
         return rates

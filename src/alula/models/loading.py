@@ -1,12 +1,14 @@
 """A model and its processor by name, and the fingerprint by which a pool knows its base model again."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from alula.errors import UserError, nearest
 from alula.models.anatomy import base_model, walk
@@ -14,6 +16,7 @@ from alula.models.processors import first_line, load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+FOUR_BIT = "4bit"
 EMBEDDED = "smol"
 # 64 kB of each tensor as float32: a hash of a 2B model in about a second.
 SAMPLED_VALUES = 16_384
@@ -27,30 +30,51 @@ def load_model(
 
     Args:
         name_or_path: a folder, the name of a hub repository, or ``smol``: the embedded default, which needs no network.
-        dtype: auto, float32, bfloat16 or float16. auto is the checkpoint's own, and float32 on a CPU, where half
-            precision is slower.
+        dtype: auto, float32, bfloat16, float16 or 4bit. auto is the checkpoint's own, and float32 on a CPU, where half
+            precision is slower. 4bit: linear layers in NF4 by bitsandbytes, all but the head; the rest as auto has it. They
+            cannot train or be merged, what is attached to them can train (QLoRA, arXiv 2305.14314).
         device: as torch names them (``cuda:1``); None is the accelerator if there is one, else the CPU.
         attention: sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention.
 
     Raises:
         UserError: an unknown dtype, device or attention; nothing there; no vision-language model; a missing package.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"Unknown dtype '{dtype}'. {nearest(dtype, ('auto', *DTYPES))}")
+    if dtype not in ("auto", *DTYPES, FOUR_BIT):
+        raise UserError(f"Unknown dtype '{dtype}'. {nearest(dtype, ('auto', *DTYPES, FOUR_BIT))}")
     if attention not in ATTENTIONS:
         raise UserError(f"Unknown attention '{attention}'. {nearest(attention, ATTENTIONS)}")
     place = find_device(device)
-    chosen = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES.get(dtype, "auto")
+    chosen = torch.float32 if dtype in ("auto", FOUR_BIT) and place.type == "cpu" else DTYPES.get(dtype, "auto")
+    quantized = _four_bit(place, chosen) if dtype == FOUR_BIT else {}
     name = str(name_or_path)
     if name == EMBEDDED:
         from alula.models.smol import prepare_smol
 
         name = str(prepare_smol())
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen, attn_implementation=attention, **quantized)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(name, error) from error
-    return model.to(place).eval(), load_processor(name)  # type: ignore[arg-type]
+    if quantized:
+        _keep_as_quantized(model)
+    placed = model if quantized else model.to(place)  # type: ignore[arg-type]
+    return placed.eval(), load_processor(name)
+
+
+def _four_bit(place: torch.device, compute: torch.dtype | str) -> dict[str, Any]:
+    """The keywords by which Transformers loads a model in four bits, straight to its device."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("dtype 4bit came, but bitsandbytes is not installed. Install it: pip install 'alula[quantization]'")
+    options = {} if isinstance(compute, str) else {"bnb_4bit_compute_dtype": compute}
+    chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+    return {"quantization_config": chosen, "device_map": {"": place}}
+
+
+def _keep_as_quantized(model: nn.Module) -> None:
+    """Forbids bitsandbytes to repack weights on a CPU for speed, which changes them at the first forward without gradients."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def find_device(device: str | None) -> torch.device:
@@ -85,6 +109,15 @@ def base_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(_sample(parameter))
     return digest.hexdigest()
+
+
+def values_fingerprint(model: nn.Module) -> str:
+    """64 hexadecimal digits over the shapes and values of all parameters, without their names and order.
+
+    A model that another version of Transformers builds of other classes keeps it. Values are read as in `base_fingerprint`.
+    """
+    found = (str(tuple(value.shape)).encode() + _sample(value) for _, value in _base_parameters(base_model(model)))
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(each).digest() for each in found))).hexdigest()
 
 
 def _essentials(base: nn.Module) -> dict[str, object]:

@@ -13,6 +13,7 @@ from alula.models import anatomy
 from alula.report.format import show, show_bytes, show_time
 from alula.report.series import Series
 from alula.training import TrainSettings
+from alula.training.settings import MM1
 
 RULE = (
     "A method is out if it needs data that may not be kept, wants more memory than is allowed, would train for longer in full than "
@@ -93,7 +94,7 @@ class Line:
 
 def candidates(settings: TrainSettings) -> list[Candidate]:
     """Every method that is considered; full fine-tuning takes a tenth of the rate (see `TrainSettings`)."""
-    tenth = {"learning_rate": settings.learning_rate / 10}
+    tenth = {} if settings.learning_rate == MM1 else {"learning_rate": settings.rate / 10}
     rehearsal = {"name": "finetune", "label": "rehearsal", "with": [{"name": "rehearsal", "options": {"ratio": 0.1}}]}
     return [
         Candidate(choice=MethodChoice(name="finetune")),

@@ -1,8 +1,10 @@
 """One cell of a run: one method, one seed, one stream; trained, scored after each task, written down."""
 
 import contextlib
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,16 @@ from torch import nn
 from alula.data.collate import Collator
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.errors import UserError
-from alula.evaluation.evaluate import evaluate_task
-from alula.evaluation.scores import Prediction, score_task
-from alula.files import read_jsonl, write_json, write_jsonl
-from alula.methods import METHODS, Arm, Method, compose
+from alula.files import write_json
+from alula.methods import METHODS, Method, compose
+from alula.running.attention import FILE as ATTENTION_SHIFT
 from alula.running.attention import keep_attention_shift
 from alula.running.diagnosis import diagnose
+from alula.running.scorebook import ScoreBook
 from alula.training import Trainer, TrainSettings
+from alula.training.processes import Team
+from alula.training.sharding import is_sharded
 
-BASE_ARM = "default"
-JOINT = "joint"
 ORDER, DONE, CRASHED = "order.json", "done.json", "crashed.json"
 
 
@@ -71,25 +73,34 @@ class Cell:
         return (self.folder / DONE).exists()
 
 
-def run_cell(cell: Cell, stream: Stream, load: Callable[[], tuple[nn.Module, Any]], *, progress: Progress | None = None) -> None:
+def run_cell(
+    cell: Cell,
+    stream: Stream,
+    load: Callable[[], tuple[nn.Module, Any]],
+    *,
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> None:
     """Trains and scores one cell, from where an interrupted run left it.
 
     Args:
         load: gives the untouched model and its processor.
+        team: the processes that work on this cell together; the main one alone writes.
 
     Raises:
         UserError: whatever the data, the method's options or the training make impossible.
     """
-    started = time.time()
-    if cell.tasks:
+    started, team = time.time(), team or Team()
+    if cell.tasks and team.is_main:
         write_json(cell.folder / ORDER, {"tasks": list(cell.tasks)})
     stream = in_order(stream, cell.tasks)
     model, processor = load()
     collator = Collator(processor)
-    book = ScoreBook(cell, stream, model, collator, progress=progress)
+    book = ScoreBook(cell, stream, model, collator, progress=progress, team=team)
     book.score_base()
-    shift: dict[str, Any] = {"folder": cell.folder, "num_samples": cell.attention_shift}
-    keep_attention_shift(model, collator, stream, row=0, arm=None, **shift)
+    with _looking(cell, model, team) as folder:
+        if folder is not None:
+            keep_attention_shift(model, collator, stream, row=0, arm=None, folder=folder, num_samples=cell.attention_shift)
     method = make_method(cell, model, collator)
     trainer = Trainer(
         model,
@@ -102,13 +113,38 @@ def run_cell(cell: Cell, stream: Stream, load: Callable[[], tuple[nn.Module, Any
         identity=cell.identity,
     )
     learning = Stream(tasks=(merge_tasks(stream),), base_tasks=stream.base_tasks) if cell.joint else stream
+    trainer.track(book.values(0))
     for learnt in trainer.learn(learning):
         book.keep_cost(learnt.cost.row())
         for arm in method.arms():
             book.score_row(learnt.index + 1, learnt.task.name, arm)
-    keep_attention_shift(model, collator, stream, row=len(learning.tasks), arm=method.arms()[0], **shift)
-    diagnose(method, model, collator, stream, folder=cell.folder, num_examples=cell.examples)
-    write_json(cell.folder / DONE, {"finished": True, "seconds_of_this_process": round(time.time() - started, 1)})
+        trainer.track(book.values(learnt.index + 1))
+    with _looking(cell, model, team) as folder:
+        if folder is not None:
+            row, arm = len(learning.tasks), method.arms()[0]
+            keep_attention_shift(model, collator, stream, row=row, arm=arm, folder=folder, num_samples=cell.attention_shift)
+            diagnose(method, model, collator, stream, folder=folder, num_examples=cell.examples)
+    if team.is_main:
+        write_json(cell.folder / DONE, {"finished": True, "seconds_of_this_process": round(time.time() - started, 1)})
+
+
+@contextlib.contextmanager
+def _looking(cell: Cell, model: nn.Module, team: Team) -> Iterator[Path | None]:
+    """A block in which the model is looked at for the report; gives the folder to write to.
+
+    That is the main process's work: None says that there is nothing to do here. A sharded model can be looked at by all
+    processes together only; those that are not to write get a folder to throw away, with what decides what is done.
+    """
+    if team.is_main or not is_sharded(model):
+        team.wait()
+        yield cell.folder if team.is_main else None
+    else:
+        with tempfile.TemporaryDirectory() as throwaway:
+            if (cell.folder / ATTENTION_SHIFT).exists():
+                shutil.copy(cell.folder / ATTENTION_SHIFT, throwaway)
+            team.wait()
+            yield Path(throwaway)
+    team.wait()
 
 
 def make_method(cell: Cell, model: nn.Module, collator: Collator) -> Method:
@@ -123,104 +159,6 @@ def make_method(cell: Cell, model: nn.Module, collator: Collator) -> Method:
     except TypeError as error:
         raise UserError(f"Method '{cell.method}' cannot be made with {dict(cell.options)}: {error}. Correct its options.") from error
     return compose(model, method, cell.additions, collator=collator) if cell.additions else method
-
-
-class ScoreBook:
-    """Keeps a cell's predictions and scores; what is on disk already is not measured again."""
-
-    def __init__(self, cell: Cell, stream: Stream, model: nn.Module, collator: Collator, *, progress: Progress | None) -> None:
-        self.cell, self.stream, self.model, self.collator, self.progress = cell, stream, model, collator, progress
-        self._rows: dict[tuple[int, str, str], dict[str, Any]] = {}
-        self._costs: dict[str, dict] = {}
-        scores = cell.folder / "scores.jsonl"
-        if scores.exists():
-            self._rows = {(row["row"], row["arm"], row["task"]): row for row in read_jsonl(scores)}
-        costs = cell.folder / "cost.jsonl"
-        if costs.exists():
-            self._costs = {row["task"]: row for row in read_jsonl(costs)}
-
-    def score_base(self) -> None:
-        """Row 0, measured once for all cells of the run."""
-        for task in self._tasks():
-            shared = self.cell.base_folder / f"{task.name}.jsonl"
-            started = time.perf_counter()
-            if not shared.exists():
-                write_jsonl(shared, [found.as_row() for found in self._measure(task, None, row=0, arm=BASE_ARM)])
-            own = [{**row, "method": self.cell.shown, "seed": self.cell.seed} for row in read_jsonl(shared)]
-            self._keep(task, own, row=0, after=None, arm=BASE_ARM, seconds=time.perf_counter() - started)
-        self._write()
-
-    def score_row(self, row: int, after: str, arm: Arm) -> None:
-        """All tasks after task `after`, used the way of `arm`."""
-        seen = [task.name for task in self.stream.tasks[:row]] if after != JOINT else [task.name for task in self.stream.tasks]
-        for task in self._tasks():
-            if not (task.is_base or task.name in seen or self.cell.future_tasks):
-                continue
-            path = self._path(row, arm.name, task)
-            started = time.perf_counter()
-            if path.exists():
-                found = read_jsonl(path)
-            elif arm.is_settled and after not in (JOINT, task.name):
-                former = self._path(seen.index(task.name) + 1, arm.name, task) if task.name in seen else self._path(0, BASE_ARM, task)
-                found = read_jsonl(former)
-            else:
-                found = [prediction.as_row() for prediction in self._measure(task, arm, row=row, arm=arm.name)]
-            seconds = time.perf_counter() - started
-            self._keep(task, found, row=row, after=after, arm=arm.name, seconds=seconds)
-        self._write()
-
-    def keep_cost(self, row: dict[str, Any]) -> None:
-        """One task's cost."""
-        self._costs[row["task"]] = row
-        write_jsonl(self.cell.folder / "cost.jsonl", self._costs.values())
-
-    def _tasks(self) -> Sequence[Task]:
-        return (*self.stream.tasks, *self.stream.base_tasks)
-
-    def _path(self, row: int, arm: str, task: Task) -> Path:
-        return self.cell.folder / "predictions" / f"row{row:02d}" / arm / f"{task.name}.jsonl"
-
-    def _measure(self, task: Task, way: Arm | None, *, row: int, arm: str) -> list[Prediction]:
-        cell = self.cell
-        bar = self.progress.add_task(f"row {row}: scoring {task.name} ({arm})", total=len(task.test)) if self.progress else None
-
-        def move(done: int, total: int) -> None:
-            if self.progress is not None and bar is not None:
-                self.progress.update(bar, completed=done)
-
-        with way.enter(task) if way else contextlib.nullcontext():
-            found = evaluate_task(
-                self.model,
-                self.collator,
-                task,
-                batch_size=cell.batch_size,
-                progress=move,
-                seed=cell.seed,
-                method=cell.shown,
-                around=way.around if way else None,
-            )
-        if self.progress is not None and bar is not None:
-            self.progress.remove_task(bar)
-        return found
-
-    def _keep(self, task: Task, found: list[dict], *, row: int, after: str | None, arm: str, seconds: float) -> None:
-        write_jsonl(self._path(row, arm, task), found)
-        predictions = [Prediction(**{**line, "options": tuple(line.get("options", ()))}) for line in found]
-        score = score_task(task, predictions)
-        line = {
-            "row": row,
-            "after": after,
-            "arm": arm,
-            "task": task.name,
-            "is_base": task.is_base,
-            "is_probe": task.is_probe,
-            **vars(score),
-        }
-        known = self._rows.get((row, arm, task.name), {}).get("seconds", 0.0)  # a row read back took its time before
-        self._rows[row, arm, task.name] = {**line, "seconds": round(max(known, seconds), 2)}
-
-    def _write(self) -> None:
-        write_jsonl(self.cell.folder / "scores.jsonl", self._rows.values())
 
 
 def in_order(stream: Stream, names: Sequence[str]) -> Stream:

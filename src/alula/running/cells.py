@@ -11,6 +11,9 @@ from alula.files import write_json
 from alula.methods import ADDITIONS, METHODS, Method
 from alula.running.cell import CRASHED, Cell
 from alula.training import TrainSettings
+from alula.training.processes import Team
+
+RECIPE, VERSIONS = "recipe.yaml", "versions.json"
 
 
 def list_cells(recipe: Recipe, folder: Path) -> list[Cell]:
@@ -93,16 +96,24 @@ def has_base(folder: Path, names: Iterable[str]) -> bool:
     return all((base_folder(folder) / f"{name}.jsonl").exists() for name in names)
 
 
-def attempt(cell: Cell, run: Callable[[], None]) -> str | None:
-    """Runs a cell; a crash is written into its folder and given back as a sentence, so that it loses no other cell."""
+def attempt(cell: Cell, run: Callable[[], None], *, team: Team | None = None) -> str | None:
+    """Runs a cell; a crash is written into its folder and given back as a sentence, so that it loses no other cell.
+
+    Of several processes that work on the cell, all must have failed to go on with the next: where one fails alone, the
+    others hang, and its error is raised to end the launch.
+    """
+    team = team or Team()
     (cell.folder / CRASHED).unlink(missing_ok=True)
+    crash: Exception | None = None
     try:
         run()
     except Exception as error:
-        trace = "" if isinstance(error, UserError) else traceback.format_exc()
+        crash, trace = error, "" if isinstance(error, UserError) else traceback.format_exc()
         write_crash(cell, f"{type(error).__name__}: {error}", trace=trace)
-        return str(error)
-    return None
+    try:
+        return team.agree(None if crash is None else str(crash))
+    except RuntimeError as hanging:
+        raise crash or hanging from hanging
 
 
 def write_crash(cell: Cell, error: str, *, trace: str = "") -> None:

@@ -14,8 +14,13 @@ from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.files import read_jsonl, write_json
 from alula.methods import Arm, Method
+from alula.methods.additions.o_lora import SUM
+from alula.methods.routed import ORACLE, UNIFORM
 from alula.mixture import Mixtures
 from alula.routers import GateRouter
+
+UNROUTED = ("default", ORACLE, UNIFORM, SUM)
+"""Arms in which no router decides: there is no routing to look at."""
 
 SAMPLES = 24
 """Test samples per task that the router's statistics are taken from."""
@@ -83,7 +88,7 @@ def log_weights(mixtures: Mixtures, model: nn.Module, batch: dict[str, Tensor], 
 def diagnose(method: Method, model: nn.Module, collator: Collator, stream: Stream, *, folder: Path, num_examples: int) -> None:
     """Writes ``routing.json`` and ``examples.json``; a method without routers has none."""
     mixtures = getattr(method, "mixtures", None)
-    arms = [arm for arm in method.arms() if arm.name not in ("default", "oracle", "uniform")]
+    arms = [arm for arm in method.arms() if arm.name not in UNROUTED]
     if not isinstance(mixtures, Mixtures) or not arms:
         return
     model.eval()

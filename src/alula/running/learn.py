@@ -17,19 +17,21 @@ from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.errors import UserError, nearest
 from alula.evaluation.evaluate import evaluate_task
-from alula.evaluation.scores import score_task
+from alula.evaluation.scores import Prediction, score_task
 from alula.experts.lora import check_name
 from alula.files import write_jsonl
 from alula.learners import Learners
 from alula.methods import Arm
 from alula.methods.routed import Routed
 from alula.mixture import Mixtures, attach
-from alula.models import load_model
-from alula.models.loading import EMBEDDED
+from alula.models import base_fingerprint, load_model
+from alula.models.loading import EMBEDDED, values_fingerprint
 from alula.pool import MANIFEST, Pool
 from alula.routers.named import ROUTINGS
+from alula.running.alone import alone
 from alula.running.diagnosis import log_weights
 from alula.training import Trainer, TrainSettings
+from alula.training.processes import Team
 
 BEFORE, AFTER = "before.jsonl", "predictions.jsonl"
 
@@ -63,6 +65,7 @@ def open_pool(folder: Path | str, *, model_name: str | None = None, dtype: str =
     return Opened(model=model, processor=processor, mixtures=mixtures, pool=pool, learners=pool.attach_learners(model))
 
 
+@alone
 def learn_task(
     model_name: str | None,
     pool_folder: Path | str,
@@ -78,7 +81,8 @@ def learn_task(
 ) -> dict[str, Any]:
     """Adds one task to a pool (made if there is none) without any data of earlier tasks.
 
-    Interrupted, the same call goes on from the last checkpoint, below ``learning/`` in the pool.
+    Interrupted, the same call goes on from the last checkpoint, below ``learning/`` in the pool. All processes of one launch
+    (torchrun) call this together; the main one alone writes.
 
     Args:
         model_name: the base model; None: the pool's, or the embedded default for a new pool.
@@ -91,22 +95,28 @@ def learn_task(
     Raises:
         UserError: another base model, place or router than the pool's, a name that is taken, data that cannot be used.
     """
-    settings, folder = settings or TrainSettings(), Path(pool_folder)
+    settings, folder, team = settings or TrainSettings(), Path(pool_folder), Team()
     pool = Pool.open(folder) if (folder / MANIFEST).exists() else None
     _check_new(task.name, pool, folder, linears=linears, layers=layers, router=router)
+    team.wait()  # until all have seen the pool as it is
     base = absolute(model_name or (pool.base if pool else EMBEDDED))
     model, processor = load_model(base, dtype=dtype)
     mixtures = pool.attach(model) if pool else attach(model, linears=linears, layers=layers)
     arm, collator = pool.arm if pool else router or "analytic_reject", Collator(processor)
     method = Routed(model, settings=settings, rank=rank, arms=(arm,), mixtures=mixtures)
-    before, first = score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None)
+    prints: dict[str, Any] = {}
+    if team.count > 1:  # now: what is sharded in training cannot be read
+        prints = {"fingerprint": base_fingerprint(model), "values": values_fingerprint(model)}
+    before, first = score(model, collator, task, settings.seed, method.arms()[0] if mixtures.names else None, team=team)
     work, identity = folder / "learning" / task.name, f"{base}, rank {rank}, {linears}, {layers}, {arm}"
     trainer = Trainer(model, method, collator, settings=settings, folder=work, progress=progress, identity=identity)
     (learnt,) = list(trainer.learn(Stream(tasks=(task,))))
-    after, last = score(model, collator, task, settings.seed, method.arms()[0])
+    after, last = score(model, collator, task, settings.seed, method.arms()[0], team=team)
     scores = {"before": before, "after": after, "test_samples": len(task.test), "metric": task.scoring}
     about = {"samples": len(task.train), "steps": settings.steps, **scores, "cost": learnt.cost.row(), "seed": settings.seed}
-    pool = pool or Pool.create(folder, mixtures, base=base, linears=linears, layers=layers, arm=arm)
+    if not team.is_main:
+        return about
+    pool = pool or Pool.create(folder, mixtures, base=base, linears=linears, layers=layers, arm=arm, **prints)
     for name, found in ((BEFORE, first), (AFTER, last)):  # before `add`: an expert counts once the manifest names it
         write_jsonl(folder / "experts" / task.name / name, [prediction.as_row() for prediction in found])
     pool.add(mixtures, task.name, about=about)
@@ -134,13 +144,13 @@ def absolute(model_name: str) -> str:
     return str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
 
 
-def score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None) -> tuple[float | None, list]:
+def score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None, *, team: Team | None = None) -> tuple[float | None, list]:
     """The model's score on a task's test split, and the predictions behind it; None and none without test samples."""
     if not task.test:
         return None, []
     arm = arm or Arm(name="default", enter=_as_it_is)
     with arm.enter(task):
-        found = evaluate_task(model, collator, task, batch_size=16, seed=seed, around=arm.around)
+        found = evaluate_task(model, collator, task, batch_size=16, seed=seed, around=arm.around, team=team)
     return score_task(task, found).score, found
 
 
@@ -192,9 +202,15 @@ def generate(opened: Opened, question: str, *, images: tuple[Path, ...] = (), ma
 
 
 def score_pool(
-    opened: Opened, tasks: list[Task], *, out: Path, limit: int | None = None, progress: Progress | None = None
+    opened: Opened,
+    tasks: list[Task],
+    *,
+    out: Path,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    finish: Callable[[Task, list[Prediction]], list[Prediction]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores the pool (or the model) on tasks and keeps every prediction in `out`."""
+    """Scores the pool (or the model) on tasks and keeps every prediction in `out`; `finish` may score them anew."""
     collator, rows = Collator(opened.processor), []
     for task in tasks:
         found = evaluate_task(
@@ -206,6 +222,7 @@ def score_pool(
             around=opened.mixtures.director.on_prompts if opened.mixtures else None,
             progress=_follow(progress, task, limit=limit),
         )
+        found = finish(task, found) if finish else found
         write_jsonl(out / f"{task.name}.jsonl", [prediction.as_row() for prediction in found])
         rows.append({"task": task.name, **vars(score_task(task, found))})
     return rows

@@ -89,7 +89,8 @@ class Processes:
         with told_of(cell.folder / LOG):
             cell.folder.mkdir(parents=True, exist_ok=True)
             with open(cell.folder / LOG, "wb") as log:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+                # a group of its own: Ctrl-C reaches this process alone, which then stops its workers
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         self._running.append((cell, process))
 
     def ended(self) -> list[tuple[Cell, str | None]]:

@@ -127,14 +127,14 @@ def _is_clear(first: Series, second: Series) -> bool:
 def _explain(lines: Sequence[Line], chosen: str | None, close: Sequence[str], limits: Limits) -> list[str]:
     """What was decided and why, in sentences."""
     if chosen is None:
-        return ["No method can be recommended: each is out, the table says why. Loosen a limit, or measure more samples."]
+        return ["No method can be recommended: each is out, with its reason above. Loosen a limit, or measure more samples (--pilot-size)."]
     line = next(line for line in lines if line.name == chosen)
     score = f"{show(100 * line.score)} points {show_interval(line.score_interval)}".strip()
-    cost = f"training in full takes about {show_time(line.seconds)}, and about {show_bytes(line.memory)} with what is trained"
+    cost = f"training in full takes about {show_time(line.seconds)}, and about {show_bytes(line.memory)} for the model and what trains"
     said = [f"Recommended: {chosen}. Average score in the pilot {score} (n = {line.num_samples}); {cost}."]
     others = [name for name in close if name != chosen]
     if others:
-        said.append(f"Its score cannot be told apart from {', '.join(others)}: that is noise. Of these it costs least.")
+        said.append(f"Its score cannot be told apart from that of {', '.join(others)}; of these it costs least.")
     elif sum(not other.out for other in lines) > 1:
         said.append("It is ahead of the others that are left by more than noise.")
     if math.isnan(line.lost):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -12,51 +13,16 @@ from typing import Any
 import yaml
 from rich.progress import Progress
 
-from alula.config import Recipe, TaskChoice, check_recipe, write_recipe
-from alula.data.readers import check_images, read_task, read_test
-from alula.data.stream import Stream, Task
-from alula.data.tasks import load_task
+from alula.config import Recipe, check_recipe, write_recipe
+from alula.data.stream import Stream
 from alula.errors import UserError
 from alula.files import write_json, write_text
 from alula.models import load_model
-from alula.running.cell import Cell, limited, run_cell
-from alula.running.cells import attempt, has_base, list_cells
+from alula.running.cell import Cell, run_cell
+from alula.running.cells import RECIPE, VERSIONS, attempt, has_base, list_cells
+from alula.running.choices import load_stream
 from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
-
-RECIPE, VERSIONS = "recipe.yaml", "versions.json"
-
-
-def load_choice(choice: TaskChoice) -> Task:
-    """The task a recipe names: built-in, or read from the user's file.
-
-    Raises:
-        UserError: an unknown built-in task, or data that cannot be used (with file and line), images included.
-    """
-    if choice.path is None:
-        return load_task(choice.name, train_size=choice.train_size, test_size=choice.test_size)
-    task = read_task(choice.name, choice.path, test_path=choice.test_path, scoring=choice.scoring)
-    task = limited(task, train_size=choice.train_size, test_size=choice.test_size)
-    check_images([*task.train, *task.test])  # now, not in the middle of the training
-    return task
-
-
-def load_to_score(choice: TaskChoice) -> Task:
-    """As `load_choice`, but every row of a user's file is scored; a folder's test rows are.
-
-    Raises:
-        UserError: as `load_choice`.
-    """
-    if choice.path is None or choice.path.is_dir():
-        return load_choice(choice)
-    task = read_test(choice.name, choice.path, scoring=choice.scoring)
-    check_images(task.test)
-    return task
-
-
-def load_stream(recipe: Recipe) -> Stream:
-    """The recipe's stream."""
-    base = tuple(load_choice(choice) for choice in recipe.base_tasks)
-    return Stream(tasks=tuple(load_choice(choice) for choice in recipe.tasks), base_tasks=base)
+from alula.training.processes import Team
 
 
 def run_recipe(
@@ -71,7 +37,8 @@ def run_recipe(
 ) -> int:
     """Runs all cells (seed by seed, so that a cut run is balanced) into `folder` and gives the number that crashed.
 
-    A cell gives the same numbers to the bit wherever it runs, as long as its process has as many threads.
+    A cell gives the same numbers to the bit wherever it runs, as long as its process has as many threads. In several processes
+    of one launch (torchrun) all of them call this and work on one cell after the other.
 
     Args:
         say: is told one line per cell.
@@ -81,20 +48,26 @@ def run_recipe(
         ray: the address of a Ray cluster whose machines all see `folder`; None: this machine.
 
     Raises:
-        UserError: `folder` holds a run of another recipe, a method is unknown, the stream cannot be loaded, or there is no
-            such cluster; nothing is written then.
+        UserError: `folder` holds a run of another recipe, a method is unknown, the stream cannot be loaded, there is no
+            such cluster, or workers are wanted in several processes; nothing is written then.
     """
+    team = Team()
+    if team.count > 1 and (workers != 1 or ray is not None):
+        raise UserError(
+            f"This run was started in {team.count} processes, which train each cell together, and cells at once (--workers, --ray) "
+            "were wanted as well. Take that out, or start one process."
+        )
     cells = list_cells(recipe, folder)
     stream = load_stream(recipe)
     with contextlib.ExitStack() as stack:
         launcher = stack.enter_context(launching(recipe, folder, workers=workers, ray=ray, most=len(cells)))
-        start_folder(recipe, folder)
-        for cell in cells:
-            if cell.is_done:
-                say(f"{cell.name}: done already")
-        todo = [cell for cell in cells if not cell.is_done]
+        team.from_main(lambda: start_folder(recipe, folder))
+        is_done = team.from_main(lambda: [cell.is_done for cell in cells])
+        for cell in itertools.compress(cells, is_done):
+            say(f"{cell.name}: done already")
+        todo = [cell for cell, over in zip(cells, is_done, strict=True) if not over]
         if launcher is None:
-            return _run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast)
+            return _run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
         names = [task.name for task in (*stream.tasks, *stream.base_tasks)]
         return dispatch(todo, launcher, has_base=lambda: has_base(folder, names), say=say)
 
@@ -113,17 +86,24 @@ def launching(recipe: Recipe, folder: Path, *, workers: int | None, ray: str | N
 
 
 def _run_here(
-    recipe: Recipe, cells: Sequence[Cell], stream: Stream, *, progress: Progress | None, say: Callable[[str], None], fail_fast: bool
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    stream: Stream,
+    *,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    fail_fast: bool,
+    team: Team,
 ) -> int:
     crashed = 0
     for cell in cells:
         say(f"{cell.name}: running")
-        run = partial(run_cell, cell, stream, lambda: load_model(recipe.model, dtype=recipe.dtype), progress=progress)
+        run = partial(run_cell, cell, stream, lambda: load_model(recipe.model, dtype=recipe.dtype), progress=progress, team=team)
         error = None
         if fail_fast:
             run()
         else:
-            error = attempt(cell, run)
+            error = attempt(cell, run, team=team)
         crashed += error is not None
         say(f"{cell.name}: done" if error is None else f"{cell.name}: crashed: {error}")
     return crashed

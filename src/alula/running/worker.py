@@ -11,8 +11,8 @@ from alula.config import read_recipe
 from alula.errors import UserError
 from alula.models import load_model
 from alula.running.cell import run_cell
-from alula.running.cells import attempt, find_cell
-from alula.running.run import RECIPE, load_stream
+from alula.running.cells import RECIPE, attempt, find_cell
+from alula.running.choices import load_stream
 
 
 def run_named(folder: Path, name: str, *, threads: int) -> str | None:

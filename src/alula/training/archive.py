@@ -14,10 +14,11 @@ from alula.training.checkpoint import Checkpoint, Place
 from alula.training.order import seeded
 from alula.training.records import Cost, LossLog
 from alula.training.settings import TrainSettings
+from alula.training.sharding import whole
 from alula.training.trainable import load_values
 
 # What changes nothing in the numbers and may differ between a run and its resumption.
-CONVENIENCES = {"save_every", "log_every", "num_workers"}
+CONVENIENCES = {"save_every", "log_every", "num_workers", "shard"}
 
 
 def recipe_of(settings: TrainSettings, method: Method, stream: Stream, *, identity: str) -> dict:
@@ -56,6 +57,7 @@ class Archive:
         """Writes everything a run needs to go on at `place`; on the main process, the others wait."""
         if self.folder is None:
             return
+        model, optimizer = whole(self.method.stored_tensors(self.model)), whole(optimizer)
         if self.accelerator.is_main_process:
             found = Checkpoint(
                 recipe=recipe,
@@ -63,7 +65,7 @@ class Archive:
                 num_rows=self.log.num_rows,
                 cost=asdict(cost),
                 trained=tuple(sorted(self.method.trained)),
-                model=self.method.stored_tensors(self.model),
+                model=model,
                 method=self.method.state_dict(),
                 optimizer=optimizer,
             )
@@ -72,7 +74,11 @@ class Archive:
 
     def load(self, *, recipe: dict) -> Checkpoint | None:
         """What `save` wrote last; None on a fresh start."""
-        return checkpoints.load(self.folder, recipe=recipe) if self.folder is not None else None
+        if self.folder is None:
+            return None
+        found = checkpoints.load(self.folder, recipe=recipe)
+        self.accelerator.wait_for_everyone()  # before the main process may write the next one
+        return found
 
     def restore(self, found: Checkpoint | None, stream: Stream, *, seed: int) -> None:
         """Gives model, method and losses.jsonl the state of `found`; a fresh start empties losses.jsonl.

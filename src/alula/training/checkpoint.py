@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from alula.errors import UserError
 from alula.files import read_json, read_tensors, told_of, write_json, write_tensors
+from alula.training.sharding import spread_like
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "accelerate")
@@ -144,5 +145,5 @@ def load_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], te
     state: dict[int, Tensors] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        state.setdefault(places[name], {})[key] = value
+        state.setdefault(places[name], {})[key] = spread_like(parameters[name], value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from alula.data.stream import Stream, Task
 from alula.errors import UserError
 from alula.methods.base import Method, Stage
-from alula.objectives.next_token import num_targets
+from alula.methods.rates import resolve_rate
 from alula.training.archive import Archive, begin_stage, begin_task, recipe_of
 from alula.training.checkpoint import Checkpoint, Place, load_optimizer, optimizer_tensors
 from alula.training.order import Batch, Collate, Steps, seed_of
 from alula.training.records import Cost, LossLog, TaskLearnt, progress_row
 from alula.training.settings import TrainSettings
-from alula.training.trackers import begin_trackers, end_trackers, make_accelerator
-from alula.training.trainable import describe, recompute_activations, set_modes, sum_gradients, sum_over_processes, trainable
+from alula.training.sharding import clip_gradients, is_sharded
+from alula.training.start import make_accelerator, spread_model
+from alula.training.step import accumulate, count_targets
+from alula.training.trackers import begin_trackers, end_trackers
+from alula.training.trainable import describe, recompute_activations, set_modes, sum_gradients, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ class Trainer:
         identity: whatever else makes this run this run (base model, data); a checkpoint of another one is refused.
 
     Raises:
-        UserError: sharded training (FSDP, DeepSpeed), an unknown tracker, or a model that cannot recompute activations.
+        UserError: DeepSpeed, an unknown tracker, a method or model that cannot be sharded (`settings.shard`), or a model that
+            cannot recompute activations.
 
     Example:
         >>> from alula.data.sample import Sample
@@ -78,17 +82,26 @@ class Trainer:
     ) -> None:
         self.method = method
         self.collator = collator
-        self.settings = settings
+        self.settings = settings = resolve_rate(settings, model, say=logger.info)
         self.folder = folder
         self.identity = identity
         self.accelerator = make_accelerator(accelerator, trackers=trackers, folder=folder)
         self.device = self.accelerator.device
         self._progress = progress if self.accelerator.is_main_process else None
-        self.model = model.to(self.device)
+        self.model = spread_model(model, method, accelerator=self.accelerator, settings=settings)
+        self.is_sharded = is_sharded(model)
         if settings.activation_checkpointing:
             recompute_activations(model)
         self.log = LossLog(folder / "losses.jsonl" if folder is not None and self.accelerator.is_main_process else None)
         self.archive = Archive(folder, model=model, method=method, accelerator=self.accelerator, log=self.log)
+        self._tracked: dict[str, float] = {}
+
+    def track(self, values: dict[str, float]) -> None:
+        """Hands `values` (scores, say) to the trackers, at the step that was reached; before `learn`, when that begins."""
+        self._tracked |= values
+        if self._tracked and self.accelerator.trackers:
+            self.accelerator.log(self._tracked, step=self.log.num_rows)
+            self._tracked = {}
 
     def learn(self, stream: Stream) -> Iterator[TaskLearnt]:
         """Yields after each task, while the model is as that task left it.
@@ -105,6 +118,7 @@ class Trainer:
         self.archive.restore(found, stream, seed=self.settings.seed)
         start = found.place if found else Place()
         begin_trackers(self.accelerator, settings=self.settings, folder=self.folder)
+        self.track({})
         try:
             if found and start == Place(task=start.task):
                 last = start.task - 1
@@ -181,35 +195,18 @@ class Trainer:
         *,
         where: dict[str, str | int],
     ) -> dict:
-        """One optimizer step; its part of a row of losses.jsonl.
-
-        Each micro-batch's loss, a mean over its targets, counts with its share of the targets of the whole step over
-        all processes. A mean of means would weight the tokens of short answers more (gradients up to 83 % off).
-        """
+        """One optimizer step; its part of a row of losses.jsonl."""
         place = "Task '{task}', stage '{stage}', step {step}".format(**where)
-        counts = [num_targets(part["labels"]) for part in batch]
-        total = int(sum_over_processes(torch.tensor(sum(counts), device=self.device), self.accelerator))
+        total = count_targets(batch, self.accelerator)
         if total == 0:
             raise UserError(
                 f"{place}: no sample of the batch has a target (label != -100). Each needs an answer that max_length does "
                 "not cut off. Raise max_length or drop the longest samples."
             )
-        parts: dict[str, Tensor] = {}
-        for micro_batch, count in zip(batch, counts, strict=True):
-            if count == 0:  # its mean would be 0 / 0
-                continue
-            with self._precision():
-                losses = self.method.loss(self.model, send_to_device(micro_batch, self.device))
-            weighted = {name: value * (count / total) for name, value in losses.items()}
-            loss = torch.stack(list(weighted.values())).sum()
-            if loss.requires_grad:  # a text-only micro-batch knows nothing of a connector: its gradient is zero
-                self.accelerator.backward(loss)
-            for name, value in weighted.items():
-                parts[name] = parts.get(name, 0) + value.detach()
+        summed = accumulate(batch, self._loss, total=total, accelerator=self.accelerator, in_step=self.is_sharded)
         sum_gradients(list(parameters.values()), self.accelerator)
         self.method.before_step(self.model)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), self.settings.gradient_clip or math.inf).item()
-        summed = self._sum_parts({name: float(value) for name, value in parts.items()})
+        norm = clip_gradients(parameters.values(), self.settings.gradient_clip or math.inf)
         mean = sum(summed.values())
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise UserError(
@@ -219,6 +216,10 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": mean, "targets": total, "gradient_norm": norm} | ({"parts": summed} if len(summed) > 1 else {})
+
+    def _loss(self, micro_batch: Batch) -> dict[str, Tensor]:
+        with self._precision():
+            return self.method.loss(self.model, send_to_device(micro_batch, self.device))
 
     @torch.no_grad()
     def _observe(self, task: Task, stage: Stage) -> None:
@@ -265,17 +266,11 @@ class Trainer:
             num_epochs=None if stage.gradient else 1,
             process_index=self.accelerator.process_index if stage.gradient else 0,
             num_processes=self.accelerator.num_processes if stage.gradient else 1,
+            is_never_empty=self.is_sharded,
         )
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16")
-
-    def _sum_parts(self, parts: dict[str, float]) -> dict[str, float]:
-        """The parts of the loss over all processes; one without samples may have none."""
-        if self.accelerator.num_processes == 1:
-            return parts
-        every = gather_object([parts])
-        return {name: sum(part.get(name, 0.0) for part in every) for name in sorted({key for part in every for key in part})}
 
     def _count(self, **more: int) -> None:
         self.cost = replace(self.cost, **{name: getattr(self.cost, name) + number for name, number in more.items()})
@@ -292,8 +287,8 @@ class Trainer:
 
 
 def _rate_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
-    """One group of the optimizer per peak rate of `stage`."""
-    groups: dict[float, list[nn.Parameter]] = {}
+    """One group of the optimizer per peak rate of `stage`; shards apart from whole parameters, which no operation mixes."""
+    groups: dict[tuple[float, type], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault(stage.rate_of(name), []).append(parameter)
-    return [{"params": members, "lr": rate, "peak": rate} for rate, members in groups.items()]
+        groups.setdefault((stage.rate_of(name), type(parameter.data)), []).append(parameter)
+    return [{"params": members, "lr": rate, "peak": rate} for (rate, _), members in groups.items()]

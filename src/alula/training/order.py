@@ -52,6 +52,7 @@ class Steps(Dataset[list[Batch]]):
         micro_batch_size: samples per forward; None: all of this process's share.
         num_epochs: after so many epochs there are no samples left; None: never.
         process_index: this process takes every `num_processes`-th sample of a batch, starting here.
+        is_never_empty: a process whose share is empty gets a sample without targets.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Steps(Dataset[list[Batch]]):
         num_epochs: int | None = None,
         process_index: int = 0,
         num_processes: int = 1,
+        is_never_empty: bool = False,
     ) -> None:
+        self.is_never_empty = is_never_empty
         self.samples = samples
         self.collate = collate
         self.batch_size = batch_size
@@ -91,7 +94,11 @@ class Steps(Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The micro-batches of `step`; none if the batch has fewer samples than there are processes."""
-        mine = [self.samples[index] for index in self.indices(step)[self.shard]]
+        found = self.indices(step)
+        mine = [self.samples[index] for index in found[self.shard]]
+        if not mine and self.is_never_empty:
+            spare = self.collate([self.samples[found[0]]])
+            return [{**spare, "labels": torch.full_like(spare["labels"], -100)}]
         size = self.micro_batch_size
         return [self.collate(mine[start : start + size]) for start in range(0, len(mine), size)]
 

@@ -1,9 +1,12 @@
 """How a task is trained, whatever the method. It knows no model."""
 
 from math import cos, pi
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MM1 = "mm1"
+"""The learning rate that follows from the backbone's size (`alula.methods.rates`)."""
 
 
 class TrainSettings(BaseModel):
@@ -25,8 +28,9 @@ class TrainSettings(BaseModel):
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples per forward on one process; None: the process's whole share of the batch. Lower it when memory runs out."""
 
-    learning_rate: float = Field(6e-4, gt=0)
-    """Peak rate of AdamW (above 0). Default ours, for low-rank experts; full fine-tuning wants about a tenth."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["mm1"] = 6e-4
+    """Peak rate of AdamW (above 0). Default ours, for low-rank experts; full fine-tuning wants about a tenth. ``mm1``: the rule of MM1
+    for pre-training, by the backbone's size, which sets the weight decay too."""
 
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     """Share of a stage's steps in which the rate rises linearly (0-1). Default ours."""
@@ -52,11 +56,20 @@ class TrainSettings(BaseModel):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
 
+    shard: bool = False
+    """Spread the model's own weights over the processes (FSDP2): each keeps its part and gathers one decoder layer at a time."""
+
     log_every: int = Field(1, ge=1)
     """Steps between two rows of losses.jsonl (1 or more); the last step of a stage is always recorded."""
 
     num_workers: int = Field(0, ge=0)
     """Processes that prepare batches (0: the training process itself)."""
+
+    @property
+    def rate(self) -> float:
+        """The peak rate as a number; a method's and a trainer's settings have one."""
+        assert not isinstance(self.learning_rate, str), "alula.methods.rates.resolve_rate was not called"
+        return self.learning_rate
 
     def rate_factor(self, step: int, *, steps: int) -> float:
         """The share (0-1) of a stage's peak rate that `step`, counted from 0, is taken with."""

@@ -1,9 +1,9 @@
-"""The accelerator and the trackers (TensorBoard, Weights & Biases ...) it hands losses to. It knows no model."""
+"""The trackers (TensorBoard, Weights & Biases, Trackio ...) that losses and scores go to. It knows no model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
@@ -11,25 +11,12 @@ from alula.errors import UserError, nearest
 from alula.training.settings import TrainSettings
 
 
-def make_accelerator(given: Accelerator | None, *, trackers: Sequence[str], folder: Path | None) -> Accelerator:
-    """`given`, or one for the devices that are there which writes to `trackers` below `folder`.
+def check_trackers(given: Accelerator | None, *, trackers: Sequence[str], folder: Path | None) -> None:
+    """Refuses trackers that cannot be written to.
 
     Raises:
-        UserError: an unknown or missing tracker, trackers without a folder or beside an accelerator of one's own, or
-            sharded training.
+        UserError: an unknown or missing tracker, or trackers without a folder or beside an accelerator of one's own.
     """
-    if given is None or trackers:
-        _check(given, trackers=trackers, folder=folder)
-    accelerator = given or Accelerator(log_with=list(trackers) or None, project_dir=folder)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            f"The accelerator is set to {accelerator.distributed_type.value}. alula trains on one device or data-parallel. "
-            "Choose MULTI_GPU or MULTI_CPU with `accelerate config`, or start with torchrun."
-        )
-    return accelerator
-
-
-def _check(given: Accelerator | None, *, trackers: Sequence[str], folder: Path | None) -> None:
     known = {str(kind.value) for kind in LoggerType} - {"all"}
     installed = {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}
     for name in trackers:

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alula.errors import UserError
+from alula.models.parameters import tensors_for
+from alula.training.sharding import spread_like
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,13 +67,14 @@ def sum_over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Adds up the gradients of all processes, in place.
+    """Adds up the gradients of all processes, in place; those of shards were added up when they were made.
 
     A plain sum and not DistributedDataParallel, which averages, wants every parameter used on every process (a process
     without images leaves the connector out) and hides the model's attributes from methods. What trains here is small.
     """
     if accelerator.num_processes == 1:
         return
+    parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     used = torch.tensor([parameter.grad is not None for parameter in parameters], device=accelerator.device).int()
     for parameter, count in zip(parameters, sum_over_processes(used, accelerator).tolist(), strict=True):
         if count:  # a parameter nobody used keeps no gradient, so that the optimizer leaves it alone
@@ -86,12 +90,11 @@ def load_values(model: nn.Module, values: dict[str, Tensor]) -> None:
     Raises:
         UserError: the model has no such tensor, or one of another shape.
     """
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = tensors_for(
+        model,
+        values,
+        origin="The checkpoint",
+        remedy="Use the model and options it was made with, or delete the checkpoint folder to start anew.",
+    )
     for name, value in values.items():
-        found = tuple(known[name].shape) if name in known else "none"
-        if found != tuple(value.shape):
-            raise UserError(
-                f"The checkpoint holds '{name}' of shape {tuple(value.shape)}, the model has {found}. "
-                "Use the model and options it was made with, or delete the checkpoint folder to start anew."
-            )
-        known[name].copy_(value)
+        own[name].copy_(spread_like(own[name], value))

@@ -1,5 +1,6 @@
 """What can be added to any method, one file each: a new addition is one new file and one import line here."""
 
+from alula.methods.additions.balance import Balance
 from alula.methods.additions.base import ADDITIONS, Addition
 from alula.methods.additions.composed import Composed, compose
 from alula.methods.additions.distillation import Distillation
@@ -14,6 +15,7 @@ __all__ = [
     "ADDITIONS",
     "EWC",
     "Addition",
+    "Balance",
     "Composed",
     "Distillation",
     "Freezing",

@@ -2,6 +2,7 @@
 
 from abc import ABC
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -25,7 +26,12 @@ class Addition(ABC):
         method: the method it is added to.
         model: looked at, not kept.
         collator: makes batches of samples, for what an addition does outside of the training steps.
+
+    Attributes:
+        reads_weights: it copies or takes derivatives by the values of what trains, so they must be whole on every process.
     """
+
+    reads_weights: ClassVar[bool] = False
 
     def __init__(self, method: Method, model: nn.Module, *, collator: Collator) -> None:
         del model

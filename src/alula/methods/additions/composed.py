@@ -30,6 +30,9 @@ class Composed(Method):
         super().__init__(model, settings=inner.settings)
         self.inner, self.additions = inner, dict(additions)
         self.trained, self.mixtures = inner.trained, inner.mixtures
+        # what mixtures add is whole on every process; the model's own weights are not
+        reads_shards = self.mixtures is None and any(addition.reads_weights for addition in additions.values())
+        self.can_shard = inner.can_shard and not reads_shards
         self._model = model
         self._has_gradient = True
 

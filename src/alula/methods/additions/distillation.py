@@ -35,6 +35,8 @@ class Distillation(Addition):
         UserError: an unknown teacher, a value out of range, or the teacher ``base`` for a method that changes the base.
     """
 
+    reads_weights = True
+
     def __init__(
         self,
         method: Method,

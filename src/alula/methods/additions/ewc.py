@@ -39,6 +39,8 @@ class EWC(Addition):
         UserError: a value out of range, or a method that gives each task parameters of its own.
     """
 
+    reads_weights = True
+
     def __init__(
         self,
         method: Method,
