@@ -1,58 +1,32 @@
-"""Methods x seeds x orders: which cells there are, that they give the same numbers wherever they run, and what the page says of them."""
+"""Methods x seeds x orders: which cells there are, and that they give the same numbers wherever they run."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-import run_folder
 from alula.cli.app import app
 from alula.config import check_recipe, write_recipe
 from alula.errors import UserError
-from alula.files import read_json, read_jsonl, write_json
-from alula.report.comparison import build_comparison, new_skill
-from alula.report.pairs import pairs_of
-from alula.report.pareto import Spot, front, scatter, span
+from alula.files import read_json, read_jsonl
 from alula.report.reading import read_run
-from alula.report.series import series_of
 from alula.running import parallel
 from alula.running.cells import find_cell, list_cells
 from alula.running.parallel import Processes, affordable_workers, dispatch, threads_each
 from alula.running.run import run_recipe, start_folder
-from zoo import build
-
-ORDERS = [["easy_vqa", "digits"], ["digits", "easy_vqa"]]
-LORA = {"name": "finetune", "options": {"rank": 2, "layers": [1]}}
+from tiny_runs import LORA, ORDERS, measured, recipe, save_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a tiny random LLaVA and its processor."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model, processor = build("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def recipe(tiny, **changes):
-    raw = {
-        "model": str(tiny),
-        "tasks": [{"name": "easy_vqa", "train_size": 8, "test_size": 4}, {"name": "digits", "train_size": 8, "test_size": 4}],
-        "base_tasks": [{"name": "capital", "test_size": 3}],
-        "orders": ORDERS,
-        "methods": [LORA, {**LORA, "label": "together", "joint": True}],
-        "train": {"steps": 1, "batch_size": 4, "learning_rate": 1e-2},
-    }
-    return check_recipe({**raw, **changes})
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +46,6 @@ def serial(tiny, tmp_path_factory):
 def one_thread(monkeypatch):
     """Workers have one thread each, whatever the machine."""
     monkeypatch.setattr(parallel, "num_cores", lambda: 1)
-
-
-def measured(cell):
-    """Everything that was measured in a cell, byte for byte; of scores all but the clock."""
-    found = {str(path.relative_to(cell)): path.read_bytes() for path in sorted(cell.rglob("predictions/**/*.jsonl"))}
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(cell / "scores.jsonl")]
-    return found, rows, read_jsonl(cell / "losses.jsonl")
 
 
 def test_the_cells_are_methods_x_seeds_x_orders(tmp_path):
@@ -274,167 +241,3 @@ def test_an_address_where_no_cluster_is_is_told_at_once():
 
     with pytest.raises(UserError, match="No Ray cluster at '127"), connected("127.0.0.1:1"):
         pass
-
-
-class Page(HTMLParser):
-    """Headings that sort, the rows of the sortable table, and all words."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.heads, self.rows, self.words, self.addresses = [], [], [], []
-        self._in_ranked = self._in_style = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.addresses += [value for name, value in attrs if name in ("href", "src")]
-        self._in_style |= tag in ("style", "script")
-        if tag == "table":
-            self._in_ranked = found.get("class") == "ranked"
-        if self._in_ranked and tag == "th" and "aria-sort" in found:
-            self.heads.append(found)
-        if self._in_ranked and tag == "tr":
-            self.rows.append([])
-        if self._in_ranked and tag == "td" and "data-sort" in found:
-            self.rows[-1].append(found["data-sort"])
-
-    def handle_endtag(self, tag):
-        self._in_style &= tag not in ("style", "script")
-
-    def handle_data(self, data):
-        if not self._in_style:
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A run with invented answers: four methods, two seeds, two orders, one crashed cell and one unfinished."""
-    folder = run_folder.write_run(tmp_path_factory.mktemp("runs") / "a & b", with_routing=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "TASKS", ("shapes", "animals", "charts", "digits"))
-        for seed in (0, 1):
-            for method in ("finetune", "rehearsal"):
-                cell = folder / "cells" / f"{method}-seed{seed}-order1"
-                run_folder.write_cell(cell, method, seed, ("default",), with_routing=False)
-                write_json(cell / "order.json", {"tasks": list(run_folder.TASKS)})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page(compared):
-    return Page(build_comparison(compared).read_text(encoding="utf-8"))
-
-
-def test_the_table_can_be_sorted_by_every_column(page):
-    assert [head["aria-sort"] for head in page.heads].count("descending") == 1
-    assert {head["data-first"] for head in page.heads} == {"ascending", "descending"}
-    rows = [row for row in page.rows if row]
-    assert len(rows) == 6
-    assert all(len(row) == len(page.heads) - 1 for row in rows)  # the name sorts by its text
-    scores = [float(row[0]) for row in rows]
-    assert scores == sorted(scores, reverse=True)
-    assert "" in {value for row in rows for value in row}  # joint has no backward transfer
-
-
-def test_the_verdict_says_what_is_noise_what_is_not_and_what_comes_back(compared, page):
-    assert "points are noise here" in page.text
-    by_name = {one.name: one for one in series_of(read_run(compared))}
-    pairs = pairs_of(list(by_name.values()))
-    clear = [pair for pair in pairs if not pair.is_noise]
-    assert f"Of {len(pairs)} pairs of series {len(clear)} can be told apart" in page.text
-    assert f"{sum(pair.is_reproduced for pair in clear)} of these {len(clear)} differences have the same sign" in page.text
-    pair = next(p for p in pairs if (p.first.name, p.second.name) == ("rehearsal", "finetune"))
-    assert (pair.num_cells, pair.num_same) == (4, 4)
-    assert pair.interval.low <= pair.gap <= pair.interval.high
-
-
-def test_crashed_cells_are_shown_with_the_first_line_of_their_reason(compared, page, tmp_path):
-    assert "wings-seed2" in page.text
-    assert "the loss is not finite at step 12" in page.text
-    copy = shutil.copytree(compared, tmp_path / "run")
-    write_json(copy / "cells" / "wings-seed2" / "crashed.json", {"error": "<b>first\nsecond line"})
-    text = build_comparison(copy).read_text(encoding="utf-8")
-    assert "&lt;b&gt;first" in text
-    assert "second line" not in text
-
-
-def test_the_page_asks_nothing_of_the_network_and_shows_every_plot(compared, page):
-    html = (compared / "compare.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?:|@import|url\(", html)
-    assert all((compared / address).exists() for address in page.addresses)
-    for title in ("Score kept against training time", "Score kept against what is stored", "Base forgetting against new skill"):
-        assert title in page.text
-    assert html.count('class="front"') >= 1
-    assert html.count('class="learnt-here"') == 2 * 4  # both orders, each task
-    assert "Order 1: shapes → animals → charts → digits" in page.text
-
-
-def test_new_skill_is_what_the_stream_added(compared):
-    one = next(one for one in series_of(read_run(compared)) if one.name == "finetune")
-    gains = []
-    for member in one.members:
-        rows = {(row["row"], row["task"]): row["score"] for row in read_jsonl(member.cell.folder / "scores.jsonl")}
-        gains.append(sum(rows[4, task] - rows[0, task] for task in run_folder.TASKS) / 4)
-    value, interval = new_skill(one)
-    assert value == pytest.approx(sum(gains) / 4)
-    assert interval.low <= value <= interval.high
-
-
-def test_a_run_that_has_just_begun_has_a_page(tmp_path):
-    (tmp_path / "cells" / "routed-seed0").mkdir(parents=True)
-    text = build_comparison(tmp_path).read_text(encoding="utf-8")
-    assert "No method has finished the stream yet" in text
-    assert "routed-seed0" in text
-
-
-def test_the_front_leaves_out_what_is_beaten_and_what_is_a_reference():
-    spots = [
-        Spot(label="cheap", colour=1, x=1, y=20),
-        Spot(label="beaten", colour=2, x=2, y=19),
-        Spot(label="good", colour=3, x=3, y=50),
-        Spot(label="joint", colour=4, x=1, y=90, is_reference=True),
-    ]
-    assert [spot.label for spot in front(spots, is_lower_x_better=True, is_lower_y_better=False)] == ["cheap", "good"]
-    assert [spot.label for spot in front(spots, is_lower_x_better=False, is_lower_y_better=True)] == ["beaten", "good"]
-    drawn = scatter(spots, x_label="x", y_label="y", x_unit=str, y_unit=str, description="d")
-    assert drawn.count("<circle") == 4
-    assert "hollow" in drawn
-
-
-@pytest.mark.parametrize("values", [(0.0,), (5.0,), (3.0, 3.0), (-2.0, 7.0), (1e3, 4e8), (0.0, 9e6), (30.0, 900.0)])
-def test_an_axis_spans_its_values(values):
-    axis = span(values)
-    assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values)
-    assert all(-1e-9 <= axis.share(tick) <= 1 + 1e-9 for tick in axis.ticks)
-    assert 2 <= len(axis.ticks) <= 9
-
-
-CLICKS = """<script>
-const heads = [...document.querySelectorAll("table.ranked thead th")], button = (i) => heads[i].querySelector("button");
-const first = () => document.querySelector("table.ranked tbody th").innerText.split("\\n")[0].trim();
-const found = [first()];
-button(0).focus(); found.push(document.activeElement === button(0));
-button(0).click(); found.push(first(), heads[0].ariaSort);
-button(0).click(); found.push(first(), heads[0].ariaSort, document.getElementById("said").textContent);
-button(3).click(); found.push(heads[0].ariaSort, heads[3].ariaSort);
-found.push([...document.querySelectorAll("table.ranked tbody tr")].at(-1).innerText.split("\\n")[0]);
-document.body.innerHTML = "<pre>" + found.join("|") + "</pre>";
-</script>"""
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_headings_sort_in_a_real_browser(compared, tmp_path):
-    html = build_comparison(compared).read_text(encoding="utf-8").replace("</body>", CLICKS + "</body>")
-    (tmp_path / "page.html").write_text(html, encoding="utf-8")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    shown = subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r"<pre>(.*?)</pre>", shown, re.DOTALL)[1].split("|")
-    assert found[:4] == [found[0], "true", "finetune", "ascending"]
-    assert found[4:7] == ["routed:oracle", "descending", "Sorted by Series, descending."]
-    assert found[7:9] == ["none", "descending"]
-    assert found[9].startswith("joint")  # it has no backward transfer: last, either way

@@ -7,9 +7,10 @@ within each task, and the same draw serves every row, series and cell of that ta
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,13 @@ def percentile_interval(values: Sequence[float] | np.ndarray, *, level: float = 
 
 def draw_counts(num_samples: int, *, resamples: int, seed: int, name: str = "") -> Float[np.ndarray, "resamples samples"]:
     """How often each sample is drawn in each resample: equal for equal `num_samples`, `seed` and `name`."""
+    return _drawn(num_samples, resamples, seed, name).astype(float)
+
+
+@lru_cache(maxsize=32)  # a report asks for the same draws of each of its tasks once for every cell
+def _drawn(num_samples: int, resamples: int, seed: int, name: str) -> Int16[np.ndarray, "resamples samples"]:
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=resamples).astype(float)
+    return generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=resamples).astype(np.int16)
 
 
 def bootstrap_interval(

@@ -51,6 +51,17 @@ def build_attention_page(rows: Sequence[Row], *, out: Path | str, title: str) ->
     return Path(out)
 
 
+def shifts_of_cell(cell: Cell, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The shift of each sample at the end and before learning, NaN where it has none; None where the cell does not have both."""
+    rows = _rows(cell.folder / FILE, [])
+    ends = [row for row in rows if row["row"] > 0 and row.get("arm", "default") == arm]
+    base = next((row for row in rows if row["row"] == 0), {})
+    if not ends or not base.get("shifts") or base.get("ids") != ends[-1].get("ids"):
+        return None
+    now, before = (np.array([np.nan if shift is None else shift for shift in row["shifts"]], dtype=float) for row in (ends[-1], base))
+    return now, before
+
+
 def shift_lines(rows: Sequence[Row]) -> list[dict[str, str]]:
     """Each measurement in words: moment, shift, interval, n, change against the first row 0 on the same samples."""
     base = next((row for row in rows if row["row"] == 0), None)

@@ -7,7 +7,8 @@ import numpy as np
 from alula.evaluation.bootstrap import Interval, percentile_interval, resample_rows
 from alula.files import read_jsonl
 from alula.report.format import UNKNOWN, show, show_interval
-from alula.report.series import Member, Series
+from alula.report.members import Member
+from alula.report.series import Series
 
 View = dict[str, object]
 

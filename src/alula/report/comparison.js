@@ -2,8 +2,8 @@ for (const table of document.querySelectorAll("table.ranked")) {
   const heads = [...table.tHead.rows[0].cells];
   const said = document.getElementById(table.dataset.said);
   const value = (row, column) => {
-    const text = row.cells[column].dataset.sort;
-    return text === undefined ? row.cells[column].textContent.trim() : text === "" ? null : Number(text);
+    const { name, sort } = row.cells[column].dataset;
+    return name ?? (sort === "" ? null : Number(sort));
   };
   const sortBy = (head, column) => {
     const now = head.getAttribute("aria-sort");
@@ -21,3 +21,13 @@ for (const table of document.querySelectorAll("table.ranked")) {
   };
   heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => sortBy(head, column)));
 }
+const picks = [...document.querySelectorAll(".picks button")];
+const show = () => {
+  const picked = new Set(picks.filter((pick) => pick.ariaPressed === "true").map((pick) => pick.dataset.series));
+  document.body.classList.toggle("some", picked.size > 0);
+  for (const drawn of document.querySelectorAll("svg .series")) drawn.classList.toggle("picked", picked.has(drawn.dataset.series));
+};
+picks.forEach((pick) => pick.addEventListener("click", () => {
+  pick.ariaPressed = pick.ariaPressed === "true" ? "false" : "true";
+  show();
+}));

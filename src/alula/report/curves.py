@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from markupsafe import Markup
 
-from alula.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, line_chart
+from alula.report.figures import Line, line_chart
 from alula.report.format import show
-from alula.report.series import Member, Series
+from alula.report.members import Member
+from alula.report.series import Series, all_joint
 
 View = dict[str, object]
 
 
 def curve_views(series: Sequence[Series], colours: dict[str, int]) -> list[View]:
-    """For each order of the tasks a chart for each task and base task; the mean over its seeds."""
+    """For each order of the tasks a chart for each task and base task; the mean over its seeds.
+
+    None where every series learnt all tasks at once: there is no way there to show.
+    """
+    if all_joint(series):
+        return []
     orders = sorted({order for one in series for order in one.orders})
     return [view for order in orders if (view := _order_view(series, colours, order))["charts"]]
 
@@ -25,7 +30,7 @@ def _order_view(series: Sequence[Series], colours: dict[str, int], order: int) -
     if not shown:
         return {"charts": []}
     matrix = max((members[0].matrix for _, members in shown), key=lambda matrix: len(matrix.names))
-    labels = ["base", *matrix.tasks]
+    labels, numbers = ["base", *matrix.tasks], {one.name: number for number, one in enumerate(series, start=1)}
     charts = []
     for name in matrix.names:
         is_bits, is_base = name in matrix.bits_tasks, name in matrix.base_tasks
@@ -35,14 +40,14 @@ def _order_view(series: Sequence[Series], colours: dict[str, int], order: int) -
                 colour=colours[one.name],
                 points=_points(members, name, scale=1.0 if is_bits else 100.0),
                 is_dashed=one.is_reference,
+                number=numbers[one.name],
             )
             for one, members in shown
         ]
         unit = partial(show, digits=2 if is_bits else 0)
-        drawn = line_chart(lines, x_labels=labels, unit=unit, description=f"score on {name}")
+        learnt = None if is_base else matrix.tasks.index(name) + 1
+        drawn = line_chart(lines, x_labels=labels, unit=unit, description=f"score on {name}", learnt=learnt, from_zero=not is_base)
         note = "bits a byte, lower is better" if is_bits else "points"
-        if not is_base:
-            drawn = _with_mark(drawn, stage=matrix.tasks.index(name) + 1, last=len(matrix.tasks))
         charts.append({"title": name, "note": f"{note}; base task, never trained" if is_base else note, "svg": drawn})
     return {
         "title": " → ".join(matrix.tasks),
@@ -66,12 +71,3 @@ def _points(members: Sequence[Member], name: str, *, scale: float) -> tuple[tupl
     if all(member.is_single_stage for member in members) and np.isfinite(values[-1]):  # one score is no way there: a level to reach
         return (1.0, scale * float(values[-1])), (float(len(values) - 1), scale * float(values[-1]))
     return tuple((float(stage), scale * float(value)) for stage, value in enumerate(values) if np.isfinite(value))
-
-
-def _with_mark(chart: Markup, *, stage: int, last: int) -> Markup:
-    """`chart` with an upright line at the stage in which its task was learnt."""
-    if not chart:
-        return chart
-    across = LEFT + (WIDTH - LEFT - RIGHT) * stage / max(last, 1)
-    mark = Markup('<path class="learnt-here" d="M{:.1f} {}V{}"><title>learnt here</title></path>').format(across, TOP, HEIGHT - BOTTOM)
-    return Markup(chart.removesuffix("</svg>")) + mark + Markup("</svg>")

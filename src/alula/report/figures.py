@@ -12,17 +12,25 @@ from alula.evaluation.bootstrap import Interval
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 34
-NUM_COLOURS = 8
+NUM_COLOURS = 12
+APART = 11  # between the numbers of two lines that end close to each other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart: `points` are (x, y); `colour` is a number of the palette, 1 to 8."""
+    """One line of a chart.
+
+    Attributes:
+        colour: a number of the palette, 1 to `NUM_COLOURS`.
+        points: (x, y) each.
+        number: written where the line ends, for a legend with numbers; 0: none.
+    """
 
     label: str
     colour: int
     points: tuple[tuple[float, float], ...]
     is_dashed: bool = False
+    number: int = 0
 
 
 def round_ticks(low: float, high: float, *, count: int = 4) -> list[float]:
@@ -34,34 +42,76 @@ def round_ticks(low: float, high: float, *, count: int = 4) -> list[float]:
     return [float(round(i * step, 10)) for i in np.arange(first, last + 1)]
 
 
-def line_chart(lines: Sequence[Line], *, x_labels: Sequence[str], unit: Callable[[float], str], description: str) -> Markup:
-    """Lines over stages 0, 1, 2 ...; empty where there is nothing to draw."""
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_labels: Sequence[str],
+    unit: Callable[[float], str],
+    description: str,
+    learnt: int | None = None,
+    from_zero: bool = True,
+) -> Markup:
+    """Lines over stages 0, 1, 2 ...; empty where there is nothing to draw.
+
+    Args:
+        learnt: the stage that an upright line marks.
+        from_zero: the axis begins at zero; False: where the values are, so that small changes show.
+    """
     values = [y for line in lines for _, y in line.points]
     if not values:
         return Markup("")
-    ticks = round_ticks(min(0.0, *values), max(values))
+    margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
+    ticks = round_ticks(min(0.0, *values), max(values)) if from_zero else round_ticks(min(values) - margin, max(values) + margin)
     low, high = ticks[0], max(ticks[-1], ticks[0] + 1e-9)
     last = max(len(x_labels) - 1, 1)
+    right = WIDTH - RIGHT - (22 if any(line.number for line in lines) else 0)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / last
+        across = LEFT + (right - LEFT) * x / last
         return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
 
     parts = [Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>').format(WIDTH, HEIGHT, description)]
     for tick in ticks:
         _, y = place(0, tick)
-        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, y, WIDTH - RIGHT))
+        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, y, right))
         parts.append(Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 6, y + 4, unit(tick)))
+    if learnt is not None:
+        mark = Markup('<path class="learnt-here" d="M{:.1f} {}V{}"><title>learnt here</title></path>')
+        parts.append(mark.format(place(learnt, low)[0], TOP, HEIGHT - BOTTOM))
     every = max(1, -(-len(x_labels) // 6))
     for x, label in list(enumerate(x_labels))[::every]:
-        anchor = " end" if x == len(x_labels) - 1 and x else "" if x == 0 else " middle"
+        is_at_edge = x == len(x_labels) - 1 and right == WIDTH - RIGHT
+        anchor = " end" if is_at_edge and x else "" if x == 0 else " middle"
         across, _ = place(x, low)
         short = label if len(label) <= 11 else label[:10] + "…"
         parts.append(Markup('<text class="tick{}" x="{:.1f}" y="{}">{}</text>').format(anchor, across, HEIGHT - 12, short))
     for index, line in enumerate(lines):
         hidden_by = sum(other.points == line.points for other in lines[index + 1 :])  # drawn wider, so that it still shows
         parts.append(_draw_line(line, place, unit, width=2 + 3 * min(hidden_by, 3)) if line.points else Markup(""))
+    numbered = [line for line in lines if line.number and line.points]
+    parts += [_number(line, place(*line.points[-1]), y, right) for line, y in _apart(numbered, place)]
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _apart(lines: Sequence[Line], place: Callable[[float, float], tuple[float, float]]) -> list[tuple[Line, float]]:
+    """Where the number of each line stands: at the height of the line's end, moved until none hides another."""
+    ranked = sorted(lines, key=lambda line: (place(*line.points[-1])[1], line.number))
+    gap = min(APART, (HEIGHT - TOP - BOTTOM) / max(len(ranked) - 1, 1))
+    heights = [place(*line.points[-1])[1] for line in ranked]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    for index in reversed(range(len(heights))):
+        below = heights[index + 1] - gap if index + 1 < len(heights) else HEIGHT - BOTTOM
+        heights[index] = min(heights[index], below)
+    return list(zip(ranked, heights, strict=True))
+
+
+def _number(line: Line, end: tuple[float, float], y: float, right: float) -> Markup:
+    """The number of a line beside its end, and a thin line that leads there."""
+    return Markup(
+        '<g class="series c{}" data-series="{}"><path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>'
+        '<text class="number" x="{:.1f}" y="{:.1f}">{}<title>{}</title></text></g>'
+    ).format(line.colour, line.number, *end, right + 10, y, right + 12, y + 3.5, line.number, line.label)
 
 
 def _draw_line(line: Line, place: Callable[[float, float], tuple[float, float]], unit: Callable[[float], str], *, width: int) -> Markup:
@@ -75,7 +125,7 @@ def _draw_line(line: Line, place: Callable[[float, float], tuple[float, float]],
         )
         for x, y, value in spots
     ]
-    return Markup("").join(drawn)
+    return Markup('<g class="series" data-series="{}">{}</g>').format(line.number, Markup("").join(drawn))
 
 
 def interval_bar(mean: float, *, interval: Interval | None, seeds: Sequence[float], low: float, high: float, colour: int) -> Markup:

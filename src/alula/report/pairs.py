@@ -9,7 +9,7 @@ from markupsafe import Markup
 from alula.evaluation.bootstrap import Interval, percentile_interval
 from alula.report.format import show, show_interval
 from alula.report.series import Series
-from alula.report.verdict import difference, seed_noise
+from alula.report.verdict import difference, listed, seed_noise
 
 View = dict[str, object]
 METRIC = "average_score"
@@ -58,6 +58,8 @@ def pairs_of(series: Sequence[Series]) -> list[Pair]:
 
 def _pair(first: Series, second: Series, noise: float) -> Pair:
     gap, interval = difference(first, second)
+    if gap < 0:  # the ranking is over all cells, the difference over those that both have
+        first, second, (gap, interval) = second, first, difference(second, first)
     others = {(member.cell.seed, member.cell.order): member for member in second.members}
     both = [(m, others[m.cell.seed, m.cell.order]) for m in first.members if (m.cell.seed, m.cell.order) in others]
     ahead = [(a, b) for a, b in both if a.summaries[METRIC] > b.summaries[METRIC]]
@@ -79,33 +81,16 @@ def pair_sentences(pairs: Sequence[Pair]) -> list[Markup]:
     """What may be said of all pairs together: what can be told apart, and what comes back in every seed and order."""
     if not pairs:
         return []
-    clear, close = [pair for pair in pairs if not pair.is_noise], [pair for pair in pairs if pair.is_noise]
+    clear = [pair for pair in pairs if not pair.is_noise]
     said = Markup("Of {} pair{} of series {} can be told apart.").format(len(pairs), "s" if len(pairs) > 1 else "", len(clear) or "none")
-    if clear:
-        least = min(clear, key=lambda pair: pair.gap)
-        said += Markup(" The smallest difference that can is {} points ({} over {}).").format(*_named(least))
-    if close:
-        most = max(close, key=lambda pair: pair.gap)
-        said += Markup(" The largest that cannot is {} points ({} over {}).").format(*_named(most))
-    return [said, *_reproduced(clear, most_cells=max(pair.num_cells for pair in pairs))]
-
-
-def _named(pair: Pair) -> tuple[str, str, str]:
-    return show(100 * pair.gap), pair.first.name, pair.second.name
-
-
-def _reproduced(clear: Sequence[Pair], *, most_cells: int) -> list[Markup]:
-    if most_cells < 2:
-        return [Markup("<b>Nothing is reproduced here:</b> no two series share more than one seed and order.")]
+    if max(pair.num_cells for pair in pairs) < 2:
+        return [said + Markup(" <b>Nothing is reproduced here:</b> no two series share more than one seed and order.")]
     if not clear:
-        return []
-    held = [pair for pair in clear if pair.is_reproduced]
-    said = Markup("<b>Reproduced:</b> {} of these {} differences have the same sign in every seed and order.").format(len(held), len(clear))
-    broken = [pair for pair in clear if not pair.is_reproduced]
-    if broken:
-        listed = ", ".join(f"{pair.first.name} over {pair.second.name} ({pair.counted})" for pair in broken)
-        said += Markup(" Not: {}.").format(listed)
-    return [said]
+        return [said]
+    held, broken = (sum(pair.is_reproduced for pair in clear), [pair for pair in clear if not pair.is_reproduced])
+    said += Markup(" <b>Reproduced:</b> {} of these {} differences have the same sign in every seed and order.").format(held, len(clear))
+    names = [f"{pair.first.name} over {pair.second.name} ({pair.counted})" for pair in broken]
+    return [said + Markup(" Not: {}.").format(listed(names)) if names else said]
 
 
 def pair_view(series: Sequence[Series], pairs: Sequence[Pair]) -> View:

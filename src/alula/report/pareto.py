@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from markupsafe import Markup
 
 from alula.evaluation.bootstrap import Interval
@@ -12,7 +11,7 @@ from alula.report.figures import round_ticks
 
 WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 30, 44
-LETTER, LINE = 6.3, 12  # about the size of a letter of a label, in the units of the drawing
+RADIUS, DISTANCES = 8.0, (17.0, 26.0, 35.0, 46.0)  # of a dot with a number, and how far from its place it may stand
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 LOG_FROM = 20.0  # the ratio of largest to smallest value from which an axis is logarithmic
 
@@ -22,11 +21,13 @@ class Spot:
     """One series in a scatter plot: where it is, and how far chance could move it.
 
     Attributes:
-        colour: a number of the palette, 1 to 8.
+        number: what stands on the dot; the legend says whose it is.
+        colour: a number of the palette.
         is_reference: drawn hollow, and never on the front.
     """
 
     label: str
+    number: int
     colour: int
     x: float
     y: float
@@ -50,11 +51,11 @@ class Axis:
         return (at - low) / max(high - low, 1e-9)
 
 
-def span(values: Iterable[float]) -> Axis:
-    """An axis over `values`: logarithmic where they are all above zero and far apart."""
+def span(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
+    """An axis over `values`: logarithmic, if it may be, where they are all above zero and far apart."""
     known = [value for value in values if math.isfinite(value)]
     low, high = min(known), max(known)
-    if low > 0 and high / low > LOG_FROM:
+    if may_be_log and low > 0 and high / low > LOG_FROM:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [float(f * 10.0**power) for power in powers for f in ((1, 2, 5) if len(powers) < 4 else (1,))]
         first = max(i for i, tick in enumerate(ticks) if tick <= low)
@@ -70,7 +71,7 @@ def front(spots: Sequence[Spot], *, is_lower_x_better: bool, is_lower_y_better: 
     """The spots that no other beats on one axis without losing on the other, by x.
 
     Example:
-        >>> spots = [Spot(label=n, colour=1, x=x, y=y) for n, x, y in (("a", 1, 5), ("b", 2, 9), ("c", 3, 7))]
+        >>> spots = [Spot(label=n, number=1, colour=1, x=x, y=y) for n, x, y in (("a", 1, 5), ("b", 2, 9), ("c", 3, 7))]
         >>> [spot.label for spot in front(spots, is_lower_x_better=True, is_lower_y_better=False)]
         ['a', 'b']
     """
@@ -96,12 +97,17 @@ def scatter(
     description: str,
     is_lower_x_better: bool = True,
     is_lower_y_better: bool = False,
+    is_cost: bool = True,
 ) -> Markup:
-    """Every series as a dot with its intervals, and a line along the front; empty where there is nothing to draw."""
+    """Every series as a numbered dot with its intervals, and a line along the front; empty where there is nothing to draw.
+
+    Args:
+        is_cost: x is an amount, whose axis may be logarithmic.
+    """
     if not spots:
         return Markup("")
-    across = span(value for spot in spots for value in (spot.x, *_ends(spot.x_interval)))
-    up = span(value for spot in spots for value in (spot.y, *_ends(spot.y_interval)))
+    across = span((value for spot in spots for value in (spot.x, *_ends(spot.x_interval))), may_be_log=is_cost)
+    up = span((value for spot in spots for value in (spot.y, *_ends(spot.y_interval))), may_be_log=False)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return LEFT + (WIDTH - LEFT - RIGHT) * across.share(x), HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up.share(y)
@@ -112,8 +118,9 @@ def scatter(
     if len(best) > 1:
         line = "M" + "L".join("{:.1f} {:.1f}".format(*place(spot.x, spot.y)) for spot in best)
         parts.append(Markup('<path class="front" d="{}"/>').format(line))
-    parts += [_draw(spot, place, x_unit, y_unit) for spot in spots]
-    parts += _labels(spots, place)
+    seated = list(zip(spots, seats(spots, place), strict=True))
+    parts += [_draw(spot, place, seat) for spot, seat in seated]
+    parts += [_number(spot, seat, f"{spot.label}: {x_unit(spot.x)}, {y_unit(spot.y)}") for spot, seat in seated]  # above all dots
     return Markup("").join([*parts, Markup("</svg>")])
 
 
@@ -145,9 +152,8 @@ def _frame(
     return parts
 
 
-def _draw(
-    spot: Spot, place: Callable[[float, float], tuple[float, float]], x_unit: Callable[[float], str], y_unit: Callable[[float], str]
-) -> Markup:
+def _draw(spot: Spot, place: Callable[[float, float], tuple[float, float]], seat: Box) -> Markup:
+    """The intervals of a spot and, where its number stands beside it, a dot and a thin line between the two."""
     x, y = place(spot.x, spot.y)
     parts = []
     if spot.y_interval:
@@ -156,28 +162,50 @@ def _draw(
     if spot.x_interval:
         low, high = (place(value, spot.y)[0] for value in _ends(spot.x_interval))
         parts.append(Markup('<path class="chance c{}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(spot.colour, low, y, high))
+    if math.dist(_middle(seat), (x, y)) > 1:
+        parts.append(Markup('<path class="leader c{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(spot.colour, x, y, *_middle(seat)))
+        parts.append(Markup('<circle class="place c{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(spot.colour, x, y))
+    return _group(spot, parts)
+
+
+def _number(spot: Spot, seat: Box, said: str) -> Markup:
+    across, up = _middle(seat)
     kind = " hollow" if spot.is_reference else ""
-    parts.append(
-        Markup('<circle class="spot c{}{}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}: {}, {}</title></circle>').format(
-            spot.colour, kind, x, y, spot.label, x_unit(spot.x), y_unit(spot.y)
-        )
-    )
-    return Markup("").join(parts)
+    circle = Markup('<circle class="spot c{}{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>')
+    text = Markup('<text class="number middle" x="{:.1f}" y="{:.1f}">{}</text>').format(across, up + 3.5, spot.number)
+    return _group(spot, [circle.format(spot.colour, kind, across, up, RADIUS, said), text])
 
 
-def _labels(spots: Sequence[Spot], place: Callable[[float, float], tuple[float, float]]) -> list[Markup]:
-    """A name beside each dot, at the first of a few positions that hides least of the dots, intervals and other names."""
-    taken = [box for spot in spots for box in _boxes(spot, place)]
-    parts = []
+def _group(spot: Spot, parts: Sequence[Markup]) -> Markup:
+    return Markup('<g class="series" data-series="{}">{}</g>').format(spot.number, Markup("").join(parts))
+
+
+def _middle(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def seats(spots: Sequence[Spot], place: Callable[[float, float], tuple[float, float]]) -> list[Box]:
+    """Where the number of each spot stands: on the spot, or at the nearest place where it hides no other number.
+
+    Of places at the same distance the one that hides least of the dots and intervals.
+    """
+    drawn = [box for spot in spots for box in _boxes(spot, place)]
+    taken: list[Box] = []
     for spot in spots:
-        (x, y), wide = place(spot.x, spot.y), LETTER * len(spot.label)
-        shifts = [(8, 4), (-8 - wide, 4), (8, -5), (8, 14), (-8 - wide, -5), (-8 - wide, 14), (-wide / 2, -9), (-wide / 2, 18)]
-        boxes = [(x + dx, y + dy - LINE + 2, x + dx + wide, y + dy + 2) for dx, dy in shifts]
-        fits = [box for box in boxes if box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM]
-        box = min(fits or boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
-        taken.append(box)
-        parts.append(Markup('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>').format(box[0], box[3] - 2, spot.label))
-    return parts
+        x, y = place(spot.x, spot.y)
+        turns = [(math.cos(angle), math.sin(angle)) for angle in (math.tau * turn / 16 for turn in range(16))]
+        tried = [(x, y), *((x + away * dx, y + away * dy) for away in DISTANCES for dx, dy in turns)]
+        boxes = [(a - RADIUS, b - RADIUS, a + RADIUS, b + RADIUS) for a, b in tried]
+        inside = [
+            box for box in boxes if box[0] >= LEFT - RADIUS and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM + RADIUS
+        ]
+
+        def cost(box: Box, at: tuple[float, float] = (x, y)) -> tuple[float, int, float]:
+            away = math.dist(at, _middle(box))
+            return sum(_overlap(box, other) for other in taken), round(away), sum(_overlap(box, other) for other in drawn)
+
+        taken.append(min(inside or boxes, key=cost))
+    return taken
 
 
 def _boxes(spot: Spot, place: Callable[[float, float], tuple[float, float]]) -> list[Box]:
@@ -193,8 +221,3 @@ def _overlap(one: Box, other: Box) -> float:
     """The area that two boxes share."""
     across = min(one[2], other[2]) - max(one[0], other[0])
     return max(0.0, across) * max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
-
-
-def mean_draws(draws: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over cells of resampled values; empty where one has none."""
-    return np.mean(draws, axis=0) if draws and all(len(draw) for draw in draws) else np.array([])

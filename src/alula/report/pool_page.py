@@ -7,9 +7,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from alula.errors import UserError
 from alula.evaluation.bootstrap import Interval, bootstrap_interval, paired_interval
-from alula.files import read_json, read_jsonl, write_text
+from alula.files import read_jsonl, write_text
+from alula.pool.manifest import inside, read_manifest
 from alula.report.format import show, show_bytes, show_interval, show_time
 from alula.report.sections import link_to
 
@@ -51,21 +51,6 @@ class Measured:
         return [str(row["id"]) for row in self.rows]
 
 
-def read_pool(folder: Path | str) -> dict:
-    """The manifest of a pool.
-
-    Raises:
-        UserError: no pool there, or a damaged manifest.
-    """
-    path = Path(folder) / "pool.json"
-    if not path.exists():
-        raise UserError(f"No pool in {folder} (pool.json is missing). Make one with `alula learn --pool {folder} ...`.")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not {"base", "arm", "experts"} <= set(manifest):
-        raise UserError(f"{path} is not the manifest of a pool: 'base', 'arm' and 'experts' are wanted in it. Restore it from a copy.")
-    return manifest
-
-
 def build_pool_report(folder: Path | str, *, out: Path | str | None = None) -> Path:
     """Writes the report of a pool and gives its path.
 
@@ -82,7 +67,7 @@ def build_pool_report(folder: Path | str, *, out: Path | str | None = None) -> P
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alula.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(page, environment.get_template("pool.html.j2").render(pool_view(home, read_pool(home), page)))
+    write_text(page, environment.get_template("pool.html.j2").render(pool_view(home, read_manifest(home), page)))
     return page
 
 
@@ -102,7 +87,7 @@ def pool_view(home: Path, manifest: dict, page: Path) -> View:
         ],
         "tasks": [_task_view(home, expert, page) for expert in experts],
         "others": [
-            {"name": path.stem, "now": _score_view(_measured(path), None, page)} for path in others
+            {"name": path.stem, "now": _score_view(_measured(inside(path, root=home)), None, page)} for path in others
         ],
         "answers": [found for name in names if (found := _answers(home, name))["rows"]],
     }  # fmt: skip
@@ -110,7 +95,7 @@ def pool_view(home: Path, manifest: dict, page: Path) -> View:
 
 def _task_view(home: Path, expert: dict, page: Path) -> View:
     about, name = expert.get("about", {}), expert["name"]
-    before, after, now = _moments(home, name)
+    before, after, now = moments(home, name)
     return {
         "name": name,
         "added": expert.get("added", ""),
@@ -125,11 +110,15 @@ def _task_view(home: Path, expert: dict, page: Path) -> View:
     }
 
 
-def _moments(home: Path, name: str) -> tuple[Measured, Measured, Measured]:
-    """Before learning, right after, and in the last evaluation."""
+def moments(home: Path, name: str) -> tuple[Measured, Measured, Measured]:
+    """The predictions on one task: before learning, right after, and in the last evaluation.
+
+    Raises:
+        UserError: a file that leads out of the pool, or that holds no predictions.
+    """
     folder = home / "experts" / name
     paths = (folder / "before.jsonl", folder / "predictions.jsonl", home / "evaluation" / f"{name}.jsonl")
-    before, after, now = map(_measured, paths)
+    before, after, now = (_measured(inside(path, root=home)) for path in paths)
     return before, after, now
 
 
@@ -170,7 +159,7 @@ def _change_view(first: Measured, second: Measured) -> View:
 
 def _answers(home: Path, name: str) -> View:
     """Some answers before, right after and now; those that changed come first."""
-    before, after, now = ({str(row["id"]): row for row in found.rows} for found in _moments(home, name))
+    before, after, now = ({str(row["id"]): row for row in found.rows} for found in moments(home, name))
     rows = [
         {
             "question": row["prompt"].replace("<image>", "").strip(),

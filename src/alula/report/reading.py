@@ -44,6 +44,11 @@ class Cell:
     done: Row = field(default_factory=dict)
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Seed and order."""
+        return self.seed, self.order
+
+    @property
     def shown(self) -> str:
         """Which of a method's cells it is: ``seed 1``, or ``seed 1, order 2``."""
         return f"seed {self.seed}" + (f", order {self.order}" if self.order else "")

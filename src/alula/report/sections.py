@@ -11,14 +11,15 @@ from alula.evaluation.measures import MEASURES, Measure
 from alula.report.definitions import METRICS, OTHER_METRICS
 from alula.report.figures import NUM_COLOURS, Line, interval_bar, line_chart
 from alula.report.format import UNKNOWN, show, show_amount, show_bytes, show_interval, show_time
+from alula.report.members import Member
 from alula.report.reading import Row, Run
-from alula.report.series import Member, Series, reference_of
+from alula.report.series import Series, reference_of
 
 View = dict[str, object]
 
 
 def colour_of(index: int) -> int:
-    """The palette number of the series or expert at `index`; after eight they come again."""
+    """The palette number of the series or expert at `index`; after the last they come again."""
     return index % NUM_COLOURS + 1
 
 

@@ -8,11 +8,15 @@ from markupsafe import Markup
 
 from alula.evaluation.bootstrap import Interval, percentile_interval
 from alula.report.format import show, show_interval
-from alula.report.series import Series
+from alula.report.series import Series, on_shared_cells
+
+MOST = 4
+"""Names in a row that still read as a sentence."""
 
 
 def difference(first: Series, second: Series, metric: str = "average_score") -> tuple[float, Interval | None]:
-    """first - second, and its paired interval where both have predictions of the same tasks."""
+    """first - second over the cells that both have, and its paired interval where both have predictions of the same tasks."""
+    first, second = on_shared_cells(first, second)
     gap = first.spread(metric).mean - second.spread(metric).mean
     draws = first.resampled(metric), second.resampled(metric)
     is_paired = len(draws[0]) == len(draws[1]) > 0 and _tasks(first) == _tasks(second)
@@ -40,22 +44,39 @@ def noise_level(series: Sequence[Series]) -> float | None:
     return max(float(np.median(widths)), seed_noise(series)) if widths else None
 
 
+def listed(names: Sequence[str]) -> str:
+    """``a, b, c`` and how many more."""
+    more = len(names) - MOST
+    return ", ".join(names) if more < 2 else f"{', '.join(names[:MOST])} and {more} more"
+
+
 def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: Sequence[str]) -> list[Markup]:
     """The sentences, the most important first."""
     whole = [one for one in series if one.members and not one.is_partial and np.isfinite(one.spread("average_score").mean)]
-    ours = [one for one in whole if not one.is_reference]
+    ours = best_first([one for one in whole if not one.is_reference])
     sentences: list[Markup] = []
     if ours:
         seeds = seed_noise(whole)
-        sentences += [_best(ours, seeds), *_against(ours, seeds), *_kept(ours[0]), *_references(ours[0], whole, seeds)]
-        sentences += _noise(noise_level(whole), seeds, "seeds and orders" if any(len(one.orders) > 1 for one in whole) else "seeds")
+        sentences += [_best(ours, seeds), *_noise(noise_level(whole), seeds, several=any(len(one.orders) > 1 for one in whole))]
+        sentences += [*_against(ours, seeds), *_kept(ours[0]), *_references(ours[0], whole, seeds)]
     else:
         sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
     if failed:
-        sentences.append(Markup("<b>Crashed</b>, and not in any mean: {}.").format(", ".join(failed)))
+        sentences.append(Markup("<b>Crashed</b>, and not in any mean: {}.").format(listed(failed)))
     if waiting:
-        sentences.append(Markup("Not finished, and not in any mean where another seed has: {}.").format(", ".join(waiting)))
+        sentences.append(Markup("Not finished, and not in any mean where another seed has: {}.").format(listed(waiting)))
     return sentences
+
+
+def best_first(series: Sequence[Series]) -> list[Series]:
+    """By average score in the orders that all of them learnt; in all they have, where they share none."""
+    shared = set.intersection(*(set(one.orders) for one in series)) if series else set()
+
+    def mean(one: Series) -> float:
+        members = [member for member in one.members if not shared or member.cell.order in shared]
+        return float(np.mean([member.summaries["average_score"] for member in members]))
+
+    return sorted(series, key=mean, reverse=True)
 
 
 def _points(gap: float, interval: Interval | None, *, is_signed: bool = True) -> str:
@@ -70,15 +91,17 @@ def _is_noise(gap: float, interval: Interval | None, seeds: float) -> bool:
 def _best(ours: Sequence[Series], seeds: float) -> Markup:
     best, over = ours[0], ours[0].spread("average_score")
     count = best.counted if over.count > 1 else "one seed"
-    said = Markup("After {} tasks <b>{}</b> has the highest average score of the methods: <b>{}</b> ({}, n = {}).").format(
-        best.members[0].matrix.num_learnt, best.name, _points(over.mean, best.interval("average_score"), is_signed=False),
-        count, best.num_samples("average_score"),
+    is_highest = over.mean >= max(one.spread("average_score").mean for one in ours)
+    how, where = " at once" if best.is_joint else "", "" if is_highest else " in the orders that all of them learnt"
+    said = Markup("After {} tasks{} <b>{}</b> has the highest average score of the methods{}: <b>{}</b> ({}, n = {}).").format(
+        best.members[0].matrix.num_learnt, how, best.name, where,
+        _points(over.mean, best.interval("average_score"), is_signed=False), count, best.num_samples("average_score"),
     )  # fmt: skip
-    close = [other for other in ours[1:] if _is_noise(*difference(best, other), seeds)]
-    if close:
-        listed = ", ".join(f"{other.name} ({_points(*difference(other, best))})" for other in close)
-        said += Markup(" It cannot be told apart from {}.").format(listed)
-    return said
+    gaps = [(f"{other.name} ({_points(*gap)})", *gap) for other in ours[1:] for gap in [difference(other, best)]]
+    close = [name for name, gap, interval in gaps if _is_noise(gap, interval, seeds)]
+    ahead = [name for name, gap, interval in gaps if gap > 0 and name not in close]  # only by other orders than those all learnt
+    said += Markup(" It cannot be told apart from {}.").format(listed(close)) if close else ""
+    return said + Markup(" In all cells that both have it is behind {}.").format(listed(ahead)) if ahead else said
 
 
 def _against(ours: Sequence[Series], seeds: float) -> list[Markup]:
@@ -87,7 +110,7 @@ def _against(ours: Sequence[Series], seeds: float) -> list[Markup]:
         return []
     gap, interval = difference(ours[0], plain)
     judged = "noise could explain it" if _is_noise(gap, interval, seeds) else "more than noise"
-    return [Markup("Against plain fine-tuning that is {}: {}.").format(_points(gap, interval), judged)]
+    return [Markup("Against plain fine-tuning (<b>{}</b>) that is {}: {}.").format(plain.name, _points(gap, interval), judged)]
 
 
 def _kept(best: Series) -> list[Markup]:
@@ -105,7 +128,7 @@ def _kept(best: Series) -> list[Markup]:
         judged = _judge(-bits, _flip(interval), "costs as many bits as before", "costs fewer bits", "costs more bits")
         shown = show(bits, digits=3, is_signed=True), show_interval(interval, scale=1.0, digits=3)
         said.append(Markup("Prose {} ({} bits a byte {}).").format(judged, *shown))
-    return said
+    return [Markup(" ").join(said)] if said else []
 
 
 def _flip(interval: Interval | None) -> Interval | None:
@@ -125,13 +148,13 @@ def _references(best: Series, whole: Sequence[Series], seeds: float) -> list[Mar
         what = "all tasks at once" if reference.is_joint else "told which task it is"
         judged = "noise could explain it" if _is_noise(gap, interval, seeds) else "more than noise"
         said.append(Markup("The reference <b>{}</b> ({}) is {} away: {}.").format(reference.name, what, _points(gap, interval), judged))
-    return said
+    return [Markup(" ").join(said)] if said else []
 
 
-def _noise(noise: float | None, seeds: float, cells: str) -> list[Markup]:
+def _noise(noise: float | None, seeds: float, *, several: bool) -> list[Markup]:
     if noise is None:
         return []
-    reason = cells if seeds == noise else "test samples, for a typical pair of series"
+    reason = ("seeds and orders" if several else "seeds") if seeds == noise else "test samples, for a typical pair of series"
     single = "" if seeds else " One seed only: another start could change more than that."
     said = Markup("<b>Differences under {} points are noise here</b> (from the {}, 95 %).{}")
     return [said.format(show(100 * noise), reason, single)]
