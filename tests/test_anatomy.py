@@ -1,4 +1,4 @@
-"""Where the parts are, in fifteen architectures; and the fingerprint that names a base model."""
+"""Where the parts are, in every architecture of the zoo; and the fingerprint that names a base model."""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,19 +24,19 @@ from transformers import (
 from alula.errors import UserError
 from alula.models import anatomy, base_fingerprint
 from alula.models.anatomy import Anatomy
-from zoo import BUILDERS, NO_TEXT_ONLY, build, example_batch
+from zoo import EVERY, NO_TEXT_ONLY, build, example_batch
 from zoo.parts import CLIP, TEXT
 
 SHARE_NAMES_WITH_ENCODER = ("llava", "smolvlm", "internvl", "paligemma", "mllama")
 PLACEHOLDERS = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
-    "internvl": "<IMG_CONTEXT>",
-    "gemma3": "<image_soft_token>",
-    "mllama": "<|image|>",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), "<|image_pad|>"),
+    **dict.fromkeys(("internvl", "aya_vision"), "<IMG_CONTEXT>"),
+    **dict.fromkeys(("gemma3", "gemma4"), "<image_soft_token>"),
+    **dict.fromkeys(("mllama", "glm4v"), "<|image|>"),
     "ovis2": "<IMG_ATOM>",
 }
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-zoo = pytest.mark.parametrize("name", BUILDERS)
+zoo = pytest.mark.parametrize("name", EVERY)
 built = cache(build)  # read only: tests that change a model build their own
 
 
@@ -89,7 +89,7 @@ def test_default_linears_are_all_the_decoder_layers_and_nothing_else(name: str) 
         if isinstance(module, nn.Linear)
     }
     found = parts.linears(model)
-    assert found == expected and len(found) >= 6 * parts.num_layers
+    assert found == expected and len(found) >= (4 if name == "qwen3_vl_moe" else 6) * parts.num_layers
     assert all(parts.part_of(path) == "decoder" for path in found)
     assert all(model.get_submodule(path) is module for path, module in found.items())
 
@@ -134,7 +134,7 @@ def test_image_mask_marks_the_models_placeholder(name: str) -> None:
         assert not anatomy(model).image_mask(text["input_ids"]).any()
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in ("mllama", "blip_2", "florence2")])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("mllama", "blip_2", "florence2")])
 def test_every_image_token_takes_one_feature(name: str) -> None:
     model, processor = built(name)
     batch = example_batch(name, processor)

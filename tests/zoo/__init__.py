@@ -1,4 +1,4 @@
-"""Fifteen tiny random vision-language models of real transformers architectures, built offline with their real processors.
+"""Tiny random vision-language models of real transformers architectures, built offline with their real processors.
 
 from zoo import BUILDERS, build, example_batch
 model, processor = build("qwen2_vl")
@@ -13,13 +13,16 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .parts import picture
 from .qwen import qwen_builders
+from .recent import recent_builders
 from .special import special_builders
 from .towers import tower_builders
 
+# The fifteen that every seam is tested on, and those that only tests of architectures build besides.
 BUILDERS = {**qwen_builders, **tower_builders, **special_builders}
+EVERY = {**BUILDERS, **recent_builders}
 
 # Processors that want one list of images for each text.
-NESTED = ("idefics3", "smolvlm", "mllama", "gemma3")
+NESTED = ("idefics3", "smolvlm", "mllama", "gemma3", "gemma4")
 # Processors that refuse a call without images: text goes to the tokenizer alone.
 NEEDS_IMAGES = ("paligemma", "florence2")
 # Models whose forward cannot do without an image.
@@ -28,6 +31,7 @@ QUESTIONS = ("what colour?", "how many red circles are there?", "is the star lef
 # Layers that a fresh random model leaves (almost) blind to its image, and the spread that lets it see.
 BLIND = {
     "gemma3": {"mm_input_projection_weight": 0.05},
+    "gemma4": {"input_proj.weight": 0.5},
     "blip_2": {"query_tokens": 1.0, "crossattention.attention.value.weight": 0.5, "crossattention.output.dense.weight": 0.5},
     "florence2": {"encoder_attn.v_proj.weight": 0.5, "encoder_attn.out_proj.weight": 0.5},
 }
@@ -40,7 +44,7 @@ def build(name: str, *, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, processor = BUILDERS[name]()
+        model, processor = EVERY[name]()
         let_it_see(name, model)
     return model.eval(), processor
 

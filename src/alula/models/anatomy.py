@@ -13,6 +13,8 @@ from alula.errors import UserError, nearest
 
 # A decoder layer's token mixer. Order matters: a layer with several (BART) is known by the first.
 ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attn", "attention", "self_attention", "mixer", "mamba", "conv")
+# Those of them that weigh a layer's own tokens by softmax.
+SOFTMAX_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 CONNECTOR_NAMES = (
     "multi_modal_projector",
@@ -40,6 +42,8 @@ class Anatomy:
         layers: every decoder layer, in order.
         attention: each layer's self attention, or the cross or linear attention it has in its place; the layer itself
             where none of these is known.
+        softmax_layers: the layers, by index, whose attention weighs their own tokens by softmax: not linear, not across, not
+            by keys of an earlier layer (the last layers of small Gemma 4, which see a prompt's last token only).
         mlp: each layer's MLP; empty where the layers hold its linears themselves (OPT, BART).
         encoder: the modality encoders; empty in a text-only model.
         connector: from encoder features to tokens of the decoder's width.
@@ -61,6 +65,7 @@ class Anatomy:
     decoder: str
     layers: tuple[str, ...]
     attention: tuple[str, ...]
+    softmax_layers: tuple[int, ...]
     mlp: tuple[str, ...]
     encoder: tuple[str, ...]
     connector: tuple[str, ...]
@@ -112,13 +117,9 @@ class Anatomy:
         if layers is not None and part != "decoder":
             raise UserError(f"Layers can be chosen in the decoder only, not in the {part}. Leave `layers` out.")
         roots = self._chosen(layers) if part == "decoder" else getattr(self, part)
-        found = {
-            path: module
-            for root in roots
-            for path, module in walk(model.get_submodule(root), path=root)
-            if isinstance(module, nn.Linear) and self.part_of(path) == part
-        }
-        return _matching(found, pattern, part=part)
+        modules = {path: module for root in roots for path, module in walk(model.get_submodule(root), path=root)}
+        found = {path: module for path, module in modules.items() if isinstance(module, nn.Linear) and self.part_of(path) == part}
+        return _matching(found, pattern, part=part, fused=_fused(modules))
 
     def image_mask(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """True where a token stands for an image feature."""
@@ -156,10 +157,12 @@ def anatomy(model: nn.Module) -> Anatomy:
     decoder = paths[id(stack)].rpartition(".")[0]
     encoders = _encoders(base, stack=stack, paths=paths)
     head = base.get_output_embeddings()
+    attention = tuple(_child(path, layer, names=ATTENTION_NAMES) or path for path, layer in layers.items())
     return Anatomy(
         decoder=decoder,
         layers=tuple(layers),
-        attention=tuple(_child(path, layer, names=ATTENTION_NAMES) or path for path, layer in layers.items()),
+        attention=attention,
+        softmax_layers=tuple(index for index, path in enumerate(attention) if _has_own_softmax(model, path)),
         mlp=tuple(child for path, layer in layers.items() if (child := _child(path, layer, names=MLP_NAMES))),
         encoder=encoders,
         connector=_connectors(model, decoder=decoder),
@@ -217,10 +220,15 @@ def _child(path: str, layer: nn.Module, *, names: Sequence[str]) -> str | None:
     return next((f"{real}.{name}" for name in names if name in children), None)
 
 
+def _has_own_softmax(model: nn.Module, path: str) -> bool:
+    attention, _ = _unwrap(model.get_submodule(path), path)
+    return path.rpartition(".")[2] in SOFTMAX_NAMES and not getattr(attention, "is_kv_shared_layer", False)
+
+
 def _encoders(base: PreTrainedModel, *, stack: nn.ModuleList, paths: dict[int, str]) -> tuple[str, ...]:
     """The encoders that the model names; a model without one answers with itself or with its decoder."""
-    candidates = [base.get_encoder(modality) for modality in ("image", "audio")]
-    own = [module for module in candidates if all(part is not stack for part in module.modules())]
+    candidates = [base.get_encoder(modality) for modality in ("image", "audio")]  # None: a place for one, left empty (Gemma 4)
+    own = [module for module in candidates if module is not None and all(part is not stack for part in module.modules())]
     return tuple(dict.fromkeys(paths[id(module)] for module in own))
 
 
@@ -234,7 +242,19 @@ def _connectors(model: nn.Module, *, decoder: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _matching(found: dict[str, nn.Linear], pattern: Sequence[str] | str | None, *, part: str) -> dict[str, nn.Linear]:
+def _fused(modules: dict[str, nn.Module]) -> str:
+    """A sentence on feed-forward networks that keep the matrices of all their experts in one tensor; empty where none does."""
+    fused = {
+        f"experts.{name}"
+        for path, module in modules.items()
+        if path.endswith(".experts")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    return f" Its {', '.join(sorted(fused))} are fused, no linear layers: they carry no mixture." if fused else ""
+
+
+def _matching(found: dict[str, nn.Linear], pattern: Sequence[str] | str | None, *, part: str, fused: str) -> dict[str, nn.Linear]:
     """Those linears whose last path component matches; each pattern must match something."""
     names = {path: path.rpartition(".")[2] for path in found}
     known = sorted(set(names.values()))
@@ -245,7 +265,7 @@ def _matching(found: dict[str, nn.Linear], pattern: Sequence[str] | str | None, 
     for word in words:
         hits = {name for name in known if _fits(word, name, is_expression=isinstance(pattern, str))}
         if not hits:
-            raise UserError(f"No linear layer of the {part} is called '{word}'. {nearest(word, known)} Choose from these.")
+            raise UserError(f"No linear layer of the {part} is called '{word}'. {nearest(word, known)} Choose from these.{fused}")
         wanted |= hits
     return {path: module for path, module in found.items() if names[path] in wanted}
 

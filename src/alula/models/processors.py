@@ -92,11 +92,16 @@ def load_processor(path: str | Path) -> ProcessorMixin:
         UserError: there is no processor there, or it needs a package that is missing.
     """
     name = str(path)
-    if find_spec("torchvision") is None and (kind := _class_with_video(name)) is not None:
-        return _load_without_video(name, kind)
     try:
+        if find_spec("torchvision") is None and (kind := _class_with_video(name)) is not None:
+            return _load_without_video(name, kind)
         return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, ImportError) or "torchvision" in str(error):
+            raise UserError(
+                f"The processor in '{name}' needs a package that is missing here: {first_line(error)} ... Most families need none; "
+                "docs/architectures.md names them. Install it in the version that fits your torch."
+            ) from error
         raise UserError(
             f"No processor can be loaded from '{name}': {first_line(error)} "
             "A folder written by processor.save_pretrained or the name of a hub repository is accepted. "
