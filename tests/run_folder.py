@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from alula.files import write_json, write_jsonl, write_text
+from alula.files import read_jsonl, write_json, write_jsonl, write_text
 
 TASKS = ("animals", "digits", "charts", "shapes")
 ANSWERS = {"animals": ("cat", "hen", "fox"), "digits": ("4", "17", "62"), "charts": ("yes", "no"), "shapes": ("blue", "circle")}
@@ -134,3 +134,32 @@ def example(cell: Path, i: int, generator: np.random.Generator) -> dict:
     return {"task": TASKS[3 - i], "question": "What colour is the shape?", "reference": "blue", "before": "The shape is a circle.",
             "after": "blue" if i != 1 else "circle", "image": f"examples/{i:02d}.png" if i != 2 else None, "tokens": tokens, "grid": [4, 4],
             "experts": [*TASKS, "base"]}  # fmt: skip
+
+
+def rows_of(run: Path, cell: str) -> dict[tuple[int, str, str], dict]:
+    """The lines of a cell's ``scores.jsonl`` by row, arm and task."""
+    return {(row["row"], row["arm"], row["task"]): row for row in read_jsonl(run / "cells" / cell / "scores.jsonl")}
+
+
+def add_probes(cell: Path, scores: dict[int, float]) -> None:
+    """Two probe tasks of the family ``iit`` in each row of the cell."""
+    rows = read_jsonl(cell / "scores.jsonl")
+    for stage, chance in scores.items():
+        after = next(row["after"] for row in rows if row["row"] == stage)
+        for name in ("iit_t", "iit_tv"):
+            values = np.arange(20) < chance * 20
+            lines = [{"id": f"{name}-{i}", "task": name, "score": float(value), "parsed": True} for i, value in enumerate(values)]
+            write_jsonl(cell / "predictions" / f"row{stage:02d}" / "default" / f"{name}.jsonl", lines)
+            rows.append({"row": stage, "after": after, "arm": "default", "task": name, "is_base": True, "is_probe": True, "score":
+                         float(values.mean()), "num_samples": 20, "unparsed": 0, "metric": "ranked", "higher_is_better": True})  # fmt: skip
+    write_jsonl(cell / "scores.jsonl", rows)
+
+
+def attention_rows(before: list[float | None], after: list[float | None]) -> list[dict]:
+    """What ``attention_shift.json`` holds of a cell, before and after learning."""
+    curves = {"before": [0.2, 0.3], "itself": [0.5, 0.4], "between": [0.0, 0.0], "after": [0.3, 0.3]}
+    return [
+        {"row": row, "arm": "default", "layers": [0, 1], "curves": curves, "shift": 0.5, "interval": [0.1, 0.9], "n": len(shifts),
+         "left_out": {}, "ids": [str(i) for i in range(len(shifts))], "shifts": shifts}
+        for row, shifts in enumerate((before, after))
+    ]  # fmt: skip
