@@ -248,7 +248,7 @@ def test_sizes_that_do_not_fit_the_model_are_refused_before_a_tensor_is_read(lie
     if lie == "config":
         write_json(expert / "adapter_config.json", {**read_json(expert / "adapter_config.json"), "r": 64})
     else:
-        monkeypatch.setattr("alula.peft_format.read_tensors", lambda path: pytest.fail("read"))
+        monkeypatch.setattr("alula.peft_format.map_tensors", lambda path: pytest.fail("read"))
     vouch(folder)
     says = {"rank": "has rank 5,000 in a layer", "width": "made for another base model", "config": "rank 64", "pair": "do not multiply"}
     with pytest.raises(UserError, match=says[lie]):

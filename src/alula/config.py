@@ -226,7 +226,18 @@ def _check(kind: type[Checked], raw: Any, where: str, *, path: tuple[str | int, 
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, kind, where, path) for problem in error.errors())) from error
+        raise UserError("\n".join(_explain(problem, kind, where, path) for problem in _one_per_place(error))) from error
+
+
+def _one_per_place(error: ValidationError) -> list[dict[str, Any]]:
+    """The problems; of a value that may be one of several types, what each of them wants in one."""
+    found: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for problem in error.errors():
+        place = tuple(part for part in problem["loc"] if isinstance(part, int) or part.isidentifier())  # not "literal['mm1']"
+        first = found.setdefault(place, {**problem, "loc": place})
+        if len(place) < len(problem["loc"]) and first["msg"] != problem["msg"]:
+            first["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return list(found.values())
 
 
 def _explain(problem: Any, kind: type[BaseModel], where: str, path: tuple[str | int, ...]) -> str:
