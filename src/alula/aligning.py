@@ -14,6 +14,7 @@ from alula.evaluation.evaluate import evaluate_task
 from alula.files import read_jsonl, sha256, write_json, write_tensors
 from alula.methods.align import Align
 from alula.models import anatomy, load_model
+from alula.models.vision_parts import start_afresh
 from alula.training import Trainer, TrainSettings
 
 
@@ -45,6 +46,7 @@ def align(
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+        start_afresh(model.get_submodule(root))  # a part that starts in a way of its own has the last word
     collator = Collator(processor)
     trainer = Trainer(model, Align(model, settings=settings), collator, settings=settings, folder=folder, progress=progress)
     started = time.perf_counter()

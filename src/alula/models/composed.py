@@ -1,11 +1,10 @@
-"""A vision-language model out of three parts: any Hugging Face causal LM, an image encoder and a connector.
+"""A vision-language model out of parts: any Hugging Face causal LM, one or several image encoders, a connector for each.
 
 It is a plain `PreTrainedModel`: `generate`, `Trainer`, PEFT and lm-eval use it as they use LLaVA. It knows nothing of
 experts, routers or tasks; keywords it does not know go down to the backbone's attention modules.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,67 +17,50 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationMixin,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from alula.errors import UserError
+from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
-from alula.models.connectors import CONNECTORS
-from alula.models.encoders import ENCODERS, Encoder
+from alula.models.vision_mixture import VisionMixture
+from alula.models.vision_parts import WITH_OWN_START, build_vision, start_afresh
+
+__all__ = ["ComposedConfig", "ComposedFeatures", "ComposedOutput", "ComposedVLM", "register_auto_classes"]
 
 
-class ComposedConfig(PreTrainedConfig):
-    """The three parts and where images go.
+@dataclass
+class ComposedFeatures(BaseModelOutputWithPooling):
+    """What images are encoded to; the last two fields are there with several encoders (see `Mixed`)."""
 
-    Args:
-        text_config: configuration of the backbone, any type `AutoModelForCausalLM` knows; None is a default Llama.
-        encoder_config: `{"name": <registered encoder>, **its keywords}`.
-        connector_config: `{"name": <registered connector>, **its keywords}`; the two widths come from the neighbours.
-        image_token_id: the placeholder in `input_ids`; an id of the backbone's vocabulary.
-        image_seq_length: tokens per image; must be what the encoder gives.
-    """
-
-    model_type = "alula_composed"
-    sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
-
-    def __init__(
-        self,
-        *,
-        text_config: PreTrainedConfig | dict | None = None,
-        encoder_config: dict | None = None,
-        connector_config: dict | None = None,
-        image_token_id: int = 4,
-        image_seq_length: int = 16,
-        **kwargs,
-    ) -> None:
-        if isinstance(text_config, dict):
-            keywords = dict(text_config)
-            text_config = AutoConfig.for_model(keywords.pop("model_type", "llama"), **keywords)
-        self.text_config = text_config or LlamaConfig()
-        self.encoder_config = dict(encoder_config or {"name": "efficientnet_lite0"})
-        self.connector_config = dict(connector_config or {"name": "mlp"})
-        self.image_token_id = image_token_id
-        self.image_seq_length = image_seq_length
-        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
-        super().__init__(**kwargs)
+    encoder_weights: Tensor | None = None
+    encoder_importance: Tensor | None = None
 
 
 @dataclass
 class ComposedOutput(CausalLMOutputWithPast):
-    """The backbone's output and, on a call with images, the tokens that took the placeholders' places."""
+    """The backbone's output and, on a call with images, the tokens that took the placeholders' places.
+
+    With several encoders also the share and the importance of each (images, encoders); see `Mixed`.
+    """
 
     image_hidden_states: Tensor | None = None
+    encoder_weights: Tensor | None = None
+    encoder_importance: Tensor | None = None
 
 
 class ComposedVLM(PreTrainedModel, GenerationMixin):
     """Backbone, encoder and connector under the names `language_model`, `vision_tower` and `connector`.
 
+    Of several encoders `vision_tower` is an `EncoderGroup` and `connector` a `VisionMixture`.
+
+    Args:
+        language_model: a loaded backbone of `config.text_config`; None makes one with fresh weights.
+
     Raises:
-        UserError: the encoder's tokens per image and `config.image_seq_length` differ, or a name is unknown.
+        UserError: the tokens per image and `config.image_seq_length` differ, a name is unknown, or parts do not fit.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -99,25 +81,19 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = {"InvertedBottleneck"}  # noqa: RUF012 - the backbone's are added by post_init
+    _no_split_modules = {"InvertedBottleneck", "CAbstractorBlock", "DeformableLayer", "TransformerEncoderLayer"}  # noqa: RUF012 - the backbone's are added by post_init
 
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config: ComposedConfig, *, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        encoder, connector = dict(config.encoder_config), dict(config.connector_config)
-        self.vision_tower = ENCODERS[encoder.pop("name")](**encoder)
-        if self.vision_tower.num_tokens != config.image_seq_length:
-            raise UserError(
-                f"image_seq_length={config.image_seq_length} came, but the encoder {config.encoder_config['name']!r} gives "
-                f"{self.vision_tower.num_tokens} tokens for an image. Set image_seq_length={self.vision_tower.num_tokens}."
-            )
-        width = config.text_config.hidden_size
-        self.connector = CONNECTORS[connector.pop("name")](self.vision_tower.output_dim, width, **connector)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_tower, self.connector = build_vision(config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+        for part in (self.vision_tower, self.connector):
+            start_afresh(part)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Encoder):  # comes after its children, so it has the last word
+        if isinstance(module, WITH_OWN_START):  # comes after its children, so it has the last word
             module.reset_parameters()
 
     def get_decoder(self) -> nn.Module:
@@ -140,13 +116,34 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
         """Gives the backbone another LM head."""
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: Float[Tensor, "images 3 height width"], **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Float[Tensor, "images ..."], instruction_embedding: Float[Tensor, "images width"] | None = None, **kwargs
+    ) -> ComposedFeatures:
         """Encoder features as `last_hidden_state` and the connector's tokens, (images, tokens, dim), as `pooler_output`.
 
-        The names are those of Transformers' own vision-language models; unknown keywords are ignored, as there.
+        The names are those of Transformers' own vision-language models; unknown keywords are ignored, as there. The features of several
+        encoders are a tuple, `hidden_states`.
+
+        Args:
+            pixel_values: (images, 3, height, width), or (images, views, 3, height, width), whose tokens are put one after another.
+            instruction_embedding: of the sentence that each image came with; needed if the encoders are weighed by it.
+
+        Raises:
+            UserError: the instruction is missing, or there is not one for each image.
         """
-        features = self.vision_tower(pixel_values.to(self.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connector(features))
+        images, views = len(pixel_values), pixel_values.shape[1] if pixel_values.dim() == 5 else 1
+        features = self.vision_tower(pixel_values.reshape(-1, *pixel_values.shape[-3:]).to(self.dtype))
+        if not isinstance(self.connector, VisionMixture):
+            tokens = self.connector(features)
+            return ComposedFeatures(last_hidden_state=features, pooler_output=tokens.unflatten(0, (images, views)).flatten(1, 2))
+        instruction = None if instruction_embedding is None else instruction_embedding.repeat_interleave(views, 0)
+        mixed = self.connector(features, instruction)
+        return ComposedFeatures(
+            hidden_states=tuple(features),
+            pooler_output=mixed.tokens.unflatten(0, (images, views)).flatten(1, 2),
+            encoder_weights=mixed.weights.unflatten(0, (images, views)).mean(1),
+            encoder_importance=mixed.importance.unflatten(0, (images, views)).norm(dim=1),
+        )
 
     def place_images(
         self,
@@ -176,7 +173,11 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
         """
         size = self.vision_tower.image_size
         pixels = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device)
-        return 0.0 * self.connector(self.vision_tower(pixels)).sum()
+        is_routed = isinstance(self.connector, VisionMixture) and self.connector.reads_instruction
+        sentence = pixels.new_zeros(1, self.config.router_config.get("input_dim", 384)) if is_routed else None
+        tokens = self.get_image_features(pixels, sentence).pooler_output
+        assert tokens is not None
+        return 0.0 * tokens.sum()
 
     def _needs_idle_images(self) -> bool:
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -187,22 +188,25 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
-        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "images ..."] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         labels: Int[Tensor, "batch tokens"] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        instruction_embedding: Float[Tensor, "images width"] | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> ComposedOutput | tuple:
         """The backbone's output; unknown keywords reach its attention modules.
 
         Args:
-            pixel_values: all images of the batch in reading order, row by row; None if there are none.
+            pixel_values: all images of the batch in reading order, row by row, as `get_image_features` takes them; None if there are
+                none.
             mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`; `generate` does this to
                 encode once.
+            instruction_embedding: as `get_image_features` takes it; decoding needs none, because images are encoded before.
             labels: -100 where the loss does not look; not shifted.
 
         Raises:
@@ -214,7 +218,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values)
+            encoded = self.get_image_features(pixel_values, instruction_embedding)
         images = None if encoded is None else encoded.pooler_output
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if images is not None or (is_prefill and input_ids is not None):
@@ -232,7 +236,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        result = ComposedOutput(image_hidden_states=images)
+        weights, importance = (getattr(encoded, name, None) for name in ("encoder_weights", "encoder_importance"))
+        result = ComposedOutput(image_hidden_states=images, encoder_weights=weights, encoder_importance=importance)
         for name, value in output.items():  # some backbones know more, such as the router's scores of an MoE
             result[name] = value
         return result if return_dict is not False else result.to_tuple()

@@ -97,7 +97,7 @@ class EfficientNetLite0(Encoder):
         if image_size <= 0 or image_size % TOTAL_STRIDE:
             raise UserError(f"efficientnet_lite0 got image_size={image_size}. It takes multiples of {TOTAL_STRIDE}, for example 128.")
         self.image_size = image_size
-        self.num_tokens = (image_size // TOTAL_STRIDE) ** 2
+        self.grid = (image_size // TOTAL_STRIDE, image_size // TOTAL_STRIDE)
         self.output_dim = HEAD_CHANNELS
         self.stem = SameConv2d(3, STEM_CHANNELS, 3, stride=2, bias=False)
         self.stem_norm = _norm(STEM_CHANNELS)
