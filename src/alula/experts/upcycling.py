@@ -1,0 +1,175 @@
+"""Feed-forward networks of a decoder turned into sparse ones, in any Transformers model; saved and loaded with it.
+
+Source: Sparse Upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055) for copies. MM1 (arXiv 2403.09611, sec. 3.5.1) has 64 experts in
+every 2nd layer of 3B and 32 in every 4th of 7B, and does not say how they begin: both ways are here.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from alula.errors import UserError, nearest
+from alula.experts.sparse_ffn import SparseFFN, logged_scores
+from alula.models.anatomy import anatomy
+
+CONFIG = "alula_sparse_ffn"
+"""The attribute of a model's configuration that says how it was upcycled."""
+WAYS = ("copy", "fresh")
+
+
+def upcycle(
+    model: PreTrainedModel,
+    *,
+    experts: int = 8,
+    every: int = 2,
+    top_k: int = 2,
+    init: str = "copy",
+    capacity: float | None = None,
+) -> list[str]:
+    """Turns the feed-forward network of every so many decoder layers into a sparse one, in place; gives their paths.
+
+    The model's configuration remembers it: `save_pretrained` writes what `load_upcycled` reads.
+
+    Args:
+        experts: networks in each such layer (1 or more).
+        every: layers from one sparse network to the next; of 2, layers 1, 3, 5 ... counted from 0.
+        top_k: experts of each token. With 1 the weights are all 1, and only balance losses teach the gate.
+        init: ``copy``: the experts begin as the dense network, so that the model's output is what it was; ``fresh``: as a new
+            network would, with normal weights of the configuration's ``initializer_range``.
+        capacity: of each expert in training, as a multiple of an even share (2 in MM1); None: no token is dropped.
+
+    Raises:
+        UserError: numbers out of range, a model without feed-forward networks of its own, or one that is sparse already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> upcycle(LlamaForCausalLM(config), experts=4)
+        ['model.layers.1.mlp', 'model.layers.3.mlp']
+    """
+    if experts < 1 or every < 1 or not 1 <= top_k <= experts or (capacity is not None and capacity <= 0):
+        raise UserError(
+            f"experts {experts}, every {every}, top_k {top_k}, capacity {capacity} came. Numbers from 1 up, top_k at most the number of "
+            "experts and a capacity above 0 or None are accepted. Correct them."
+        )
+    if init not in WAYS:
+        raise UserError(f"Unknown way to begin '{init}'. {nearest(init, WAYS)}")
+    parts = anatomy(model)
+    found = {path: model.get_submodule(path) for path in parts.mlp if _layer(path, parts.layers) % every == every - 1}
+    _check(model, found)
+    spread = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
+    for path, dense in found.items():
+        copies = [dense, *(copy.deepcopy(dense) for _ in range(experts - 1))]
+        if init == "fresh":
+            for each in copies:
+                _renew(each, spread)
+        sparse = SparseFFN(copies, dim=parts.hidden_size, top_k=top_k, capacity=capacity)
+        model.set_submodule(path, sparse.train(dense.training))
+    setattr(model.config, CONFIG, {"experts": experts, "every": every, "top_k": top_k, "capacity": capacity})
+    return list(found)
+
+
+def _layer(path: str, layers: tuple[str, ...]) -> int:
+    return next(i for i, root in enumerate(layers) if path.startswith(f"{root}."))
+
+
+def _check(model: PreTrainedModel, found: Mapping[str, nn.Module]) -> None:
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no feed-forward network of its own in the layers asked for. Models whose decoder layers have an "
+            "'mlp' (Llama, Qwen, Gemma, SmolVLM ...) and an `every` up to their number of layers are accepted."
+        )
+    for path, module in found.items():
+        if isinstance(module, SparseFFN) or any(
+            name.rpartition(".")[2] in ("experts", "gate", "router") for name, _ in module.named_modules()
+        ):
+            raise UserError(f"{path} is a mixture of experts already ({type(module).__name__}). Start from a dense model.")
+
+
+@torch.no_grad()
+def _renew(network: nn.Module, spread: float) -> None:
+    """New values for matrices and biases; norms stay."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=spread)
+        elif name.endswith("bias"):
+            parameter.zero_()
+
+
+def load_upcycled(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The model that `upcycle` changed and `save_pretrained` wrote, in eval mode.
+
+    Args:
+        folder: or the name of a hub repository.
+        options: of `from_pretrained` (``dtype``, ``attn_implementation``, ``device_map`` ...).
+
+    Raises:
+        UserError: no such model, or one that was not upcycled.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder}' is no model folder: {str(error).splitlines()[0]} Give one that save_pretrained wrote.") from error
+    asked = getattr(config, CONFIG, None)
+    if asked is None:
+        raise UserError(f"The model in '{folder}' was not upcycled. Load it with load_model, or call upcycle on it and save it.")
+    return upcycled_class(_class_of(config), asked).from_pretrained(folder, **options).eval()
+
+
+def _class_of(config: Any) -> type[PreTrainedModel]:
+    """The class of the dense model, found without its weights."""
+    with torch.device("meta"):
+        try:
+            return type(AutoModelForImageTextToText.from_config(config))
+        except ValueError:  # not one that sees
+            return type(AutoModelForCausalLM.from_config(config))
+
+
+def upcycled_class(dense: type[PreTrainedModel], asked: Mapping[str, Any]) -> type[PreTrainedModel]:
+    """The class of a dense model's upcycled form, so that `from_pretrained` finds a place for every weight."""
+
+    class Upcycled(dense):  # type: ignore[valid-type, misc]
+        def __init__(self, config: Any, *values: Any, **keywords: Any) -> None:
+            super().__init__(config, *values, **keywords)
+            upcycle(self, **asked)
+
+    # By these names Transformers knows how the weights are called in files, and save_pretrained the class.
+    Upcycled.__name__, Upcycled.__qualname__, Upcycled.__module__ = dense.__name__, dense.__qualname__, dense.__module__
+    return Upcycled
+
+
+@torch.no_grad()
+def routing_statistics(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How the sparse networks send the tokens of one batch, by path; as the model is, in training or evaluation mode.
+
+    Returns:
+        for each ``load``, the share (0-1) of the filled places that each expert has; ``dropped``, the share of the choices that found
+        no place; ``confidence``, the mean weight of the first choice. Padding is left out.
+    """
+    with logged_scores(model) as log:
+        model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
+    found: dict[str, dict[str, Any]] = {}
+    for path, scores in log.take().items():
+        weights, index = log.networks[path].choose(scores)
+        valid = valid_tokens(batch.get("attention_mask"), scores)
+        wanted = torch.ones_like(weights, dtype=torch.bool) if valid is None else valid.unsqueeze(-1).expand_as(weights)
+        filled = wanted & (weights > 0)
+        counts = torch.bincount(index[filled], minlength=scores.shape[-1])
+        found[path] = {
+            "load": (counts / counts.sum().clamp(min=1)).tolist(),
+            "dropped": 1.0 - float(filled.sum() / wanted.sum().clamp(min=1)),
+            "confidence": float(weights[..., 0][wanted[..., 0]].mean()),
+        }
+    return found
+
+
+def valid_tokens(attention_mask: Any, scores: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens of the scores are no padding; None where the batch does not say."""
+    is_fit = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == scores.shape[:2]
+    return attention_mask.bool() if is_fit else None
