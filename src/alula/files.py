@@ -167,18 +167,18 @@ def map_tensors(path: Path | str) -> "dict[str, Tensor]":
             places = [(key, found.get_slice(key)) for key in found.offset_keys()]
     except (FileNotFoundError, SafetensorError):
         return read_tensors(path)  # it says what is wrong
-    kinds = [dtypes.get(place.get_dtype()) for _, place in places]
-    size = Path(path).stat().st_size
-    counts = [math.prod(place.get_shape()) for _, place in places]
-    start = size - sum(count * kind.itemsize for count, kind in zip(counts, kinds, strict=True) if kind)
-    if None in kinds or start % 8:  # integers, or a writer that does not align its tensors
+    if any(place.get_dtype() not in dtypes for _, place in places):
         return read_tensors(path)
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    size = Path(path).stat().st_size
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors: dict[str, Tensor] = {}
-    for (key, place), kind, count in zip(places, kinds, counts, strict=True):
-        assert kind is not None
-        tensors[key] = torch.empty(0, dtype=kind).set_(storage, start // kind.itemsize, place.get_shape())
-        start += count * kind.itemsize
+    end = size
+    for key, place in reversed(places):  # they fill the file up to its end, without gaps
+        kind, shape = dtypes[place.get_dtype()], place.get_shape()
+        start = end - math.prod(shape) * kind.itemsize
+        if start % kind.itemsize:  # a writer that does not align its tensors
+            return read_tensors(path)
+        tensors[key], end = content[start:end].view(kind).view(shape), start
     return tensors
 
 

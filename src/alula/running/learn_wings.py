@@ -53,7 +53,7 @@ def learn_wings(
     team.wait()  # until all have seen the pool as it is
     base = absolute(model_name or (pool.base if pool else EMBEDDED))
     model, processor = load_model(base, dtype=dtype)
-    prints = {"fingerprint": base_fingerprint(model), "values": values_fingerprint(model)}  # now: the backbone may train
+    prints: dict[str, Any] = {"fingerprint": base_fingerprint(model), "values": values_fingerprint(model)}  # now: the backbone may train
     learners = pool.attach_learners(model) if pool else None
     method, collator = Wings(model, settings=settings, learners=learners, **options), Collator(processor)
     before, _ = score(model, collator, task, settings.seed, None, team=team)
