@@ -8,6 +8,7 @@ from alula.methods.ia3 import IA3
 from alula.methods.merged_lora import MergedLoRA
 from alula.methods.merging import Merging
 from alula.methods.moe_lora import MoELoRA
+from alula.methods.mome import MoME
 from alula.methods.one_lora import Finetune, Joint
 from alula.methods.prefix import Prefix
 from alula.methods.routed import Routed, Specialist
@@ -27,6 +28,7 @@ __all__ = [
     "Merging",
     "Method",
     "MoELoRA",
+    "MoME",
     "Prefix",
     "Routed",
     "Specialist",
