@@ -1,18 +1,46 @@
 """The recipe of a run: pydantic models, YAML in, resolved YAML out. It knows names, not the things they stand for."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from alula.data.checking import check
 from alula.data.choices import Strict, TaskChoice
 from alula.errors import UserError, nearest
 from alula.overrides import put_change, split_change
 from alula.training.settings import TrainSettings
 
-Checked = TypeVar("Checked", bound=BaseModel)
+Part = str | dict[str, Any]
+
+
+class ModelChoice(Strict):
+    """A model out of parts (see `alula.models.composition.compose`), or a whole one that is changed."""
+
+    backbone: str = "smol"
+    """``smol``, a folder or a name on the hub: of a causal LM; without `encoder` of a whole vision-language model."""
+
+    encoder: Part | list[Part] | None = None
+    """As in `compose`; ``weights: smol`` in it takes those of the embedded default."""
+
+    connector: Part | list[Part] = "mlp"
+    """As in `compose`."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keywords of `compose`: crops, mixing, router, instruction_encoder."""
+
+    upcycle: dict[str, Any] | None = None
+    """Keywords of `alula.experts.upcycling.upcycle`, which makes feed-forward networks sparse; None: they stay as they are."""
+
+    seed: int = Field(0, ge=0)
+    """Of all fresh weights: every cell of a run starts from the same model."""
+
+    def __str__(self) -> str:
+        """Made of what is not at its default: a cell's identity is made of this text, and must not change with alula."""
+        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
 
 class AdditionChoice(Strict):
@@ -76,8 +104,8 @@ class EvaluationSettings(Strict):
 class Recipe(Strict):
     """A whole run: stream, methods, seeds."""
 
-    model: str = "smol"
-    """``smol`` (the embedded default), a folder, or a name on the hub."""
+    model: str | ModelChoice = "smol"
+    """``smol`` (the embedded default), a folder, a name on the hub, or a model out of parts."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "4bit"] = "auto"
     """Of the model's weights: auto, float32, bfloat16, float16 or 4bit (bitsandbytes). On a CPU auto is float32."""
@@ -133,6 +161,15 @@ def read_recipe(path: Path | str, *, changes: Iterable[str] | None = None) -> Re
     Raises:
         UserError: no such file, not YAML (with the line), an unknown key (with the nearest known) or a bad value.
     """
+    return check_recipe(read_raw(path, changes=changes), where=str(path))
+
+
+def read_raw(path: Path | str, *, changes: Iterable[str] | None = None) -> dict[str, Any]:
+    """What a YAML file with a mapping says, with `changes`, not yet checked.
+
+    Raises:
+        UserError: no such file, not YAML (with the line), or no mapping.
+    """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,10 +181,11 @@ def read_recipe(path: Path | str, *, changes: Iterable[str] | None = None) -> Re
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}). Correct that line.") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: {_kind(raw)} came, a mapping with 'tasks' and 'methods' is wanted. Write one.")
+        came = "an empty file" if raw is None else f"a {type(raw).__name__}"
+        raise UserError(f"{path}: {came} came, a mapping with 'tasks' and 'methods' is wanted. Write one.")
     for change in changes or []:
         put_change(raw, *split_change(change))
-    return check_recipe(raw, where=str(path))
+    return raw
 
 
 def check_recipe(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
@@ -157,9 +195,9 @@ def check_recipe(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
         UserError: an unknown key (with the nearest known), a bad value, the same task, method, seed or order twice, or an
             order that does not name every task once.
     """
-    recipe = _check(Recipe, raw, where)
+    recipe = check(Recipe, raw, where)
     for number, choice in enumerate(recipe.methods):
-        _check(TrainSettings, recipe.train.model_dump() | choice.train, where, path=("methods", number, "train"))
+        check(TrainSettings, recipe.train.model_dump() | choice.train, where, path=("methods", number, "train"))
     tasks = [choice.name for choice in (*recipe.tasks, *recipe.base_tasks)]
     _refuse_twice(where, "task", tasks, "Each task needs a name of its own: rename one.")
     methods = [choice.shown for choice in recipe.methods]
@@ -200,7 +238,7 @@ def check_task(**fields: Any) -> TaskChoice:
     Raises:
         UserError: a bad value.
     """
-    return _check(TaskChoice, fields, "task")
+    return check(TaskChoice, fields, "task")
 
 
 def check_train(raw: dict[str, Any]) -> TrainSettings:
@@ -209,7 +247,7 @@ def check_train(raw: dict[str, Any]) -> TrainSettings:
     Raises:
         UserError: an unknown key (with the nearest known) or a bad value.
     """
-    return _check(TrainSettings, raw, "training settings")
+    return check(TrainSettings, raw, "training settings")
 
 
 def parse_settings(changes: Iterable[str]) -> dict[str, Any]:
@@ -221,50 +259,6 @@ def parse_settings(changes: Iterable[str]) -> dict[str, Any]:
     return dict(split_change(change) for change in changes)
 
 
-def _check(kind: type[Checked], raw: Any, where: str, *, path: tuple[str | int, ...] = ()) -> Checked:
-    """`raw`, found at `path` of `where`, as a `kind`."""
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, kind, where, path) for problem in _one_per_place(error))) from error
-
-
-def _one_per_place(error: ValidationError) -> list[dict[str, Any]]:
-    """The problems; of a value that may be one of several types, what each of them wants in one."""
-    found: dict[tuple[str | int, ...], dict[str, Any]] = {}
-    for problem in error.errors():
-        place = tuple(part for part in problem["loc"] if isinstance(part, int) or part.isidentifier())  # not "literal['mm1']"
-        first = found.setdefault(place, {**problem, "loc": place})
-        if len(place) < len(problem["loc"]) and first["msg"] != problem["msg"]:
-            first["msg"] += f", or {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return list(found.values())
-
-
-def _explain(problem: Any, kind: type[BaseModel], where: str, path: tuple[str | int, ...]) -> str:
-    location = problem["loc"]
-    place = ".".join(str(part) for part in (*path, *location))
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{place}'. {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
-    if problem["type"] == "missing":
-        return f"{where}: '{place}' is missing. Add it."
-    given = repr(problem["input"])
-    shown = given if len(given) <= 80 else f"{given[:77]}..."
-    return f"{where}: '{place}' is {shown}: {problem['msg']}. Correct the value."
-
-
-def _known_keys(kind: Any, location: tuple[str | int, ...]) -> list[str]:
-    for part in location:
-        if isinstance(part, str):
-            annotation = _by_key(kind)[part]
-            kind = next((inner for inner in get_args(annotation) if isinstance(inner, type)), annotation)
-    return list(_by_key(kind))
-
-
-def _by_key(kind: Any) -> dict[str, Any]:
-    """The types of a model's fields, by the key a recipe has for them."""
-    return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-
-
 def _named(value: Any) -> Any:
     """A list of mappings, of which some were bare names."""
     return [{"name": entry} if isinstance(entry, str) else entry for entry in value] if isinstance(value, list) else value
@@ -274,7 +268,3 @@ def _refuse_twice(where: str, what: str, names: list[str], remedy: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{where}: the {what} {', '.join(repr(name) for name in twice)} comes twice. {remedy}")
-
-
-def _kind(value: Any) -> str:
-    return "an empty file" if value is None else f"a {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,6 +52,72 @@ def check_composition(
                 check_file(member, file, root=root)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Parts that fit.
+
+    Attributes:
+        place: folder or hub name of the backbone.
+        tokenizer: the backbone's, with the image placeholder.
+        encoders: where the weights of each encoder are; `connectors` likewise.
+    """
+
+    config: ComposedConfig
+    place: str
+    tokenizer: PreTrainedTokenizerBase
+    encoders: Sequence[Source]
+    connectors: Sequence[Source]
+    instruction_encoder: str | None
+
+
+def plan_composition(
+    backbone: str | Path,
+    encoder: Part | Sequence[Part],
+    connector: Part | Sequence[Part] = "mlp",
+    *,
+    crops: int = 0,
+    mixing: str = "add",
+    router: Mapping[str, int] | None = None,
+    instruction_encoder: str | None = None,
+    image_token: str = IMAGE_TOKEN,
+) -> Plan:
+    """What `compose` does before it loads a weight, with its arguments.
+
+    Raises:
+        UserError: as `compose`.
+    """
+    place = _backbone_folder(backbone)
+    encoders, encoder_sources = read_parts(encoder)
+    connectors, connector_sources = read_parts(connector)
+    text_config = _text_config(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([image_token], special_tokens=True)
+    if mixing == "router":
+        instruction_encoder = instruction_encoder or EMBEDDED_SENTENCES
+        router = {"input_dim": _sentence_dim(instruction_encoder), **(router or {})}
+    config = ComposedConfig(
+        text_config=text_config,
+        encoder_config=encoders,
+        connector_config=connectors,
+        image_token_id=tokenizer.get_vocab()[image_token],
+        crops=crops,
+        mixing=mixing,
+        router_config=dict(router or {}),
+    )
+    config.image_seq_length = count_image_tokens(plan_vision(config)[1].num_tokens, crops=crops)
+    files = [[source.file for source in sources] for sources in (encoder_sources, connector_sources)]
+    check_composition(config, encoder_weights=files[0], connector_weights=files[1])
+    return Plan(
+        config=config,
+        place=place,
+        tokenizer=tokenizer,
+        encoders=encoder_sources,
+        connectors=connector_sources,
+        instruction_encoder=instruction_encoder,
+    )
+
+
 def compose(
     backbone: str | Path,
     encoder: Part | Sequence[Part],
@@ -86,36 +153,25 @@ def compose(
     Example:
         >>> model, processor = compose("smol", {"name": "vit", "image_size": 64})  # doctest: +SKIP
     """
-    place = _backbone_folder(backbone)
-    encoders, encoder_sources = read_parts(encoder)
-    connectors, connector_sources = read_parts(connector)
-    text_config = _text_config(place)
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    if image_token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([image_token], special_tokens=True)
-    if mixing == "router":
-        instruction_encoder = instruction_encoder or EMBEDDED_SENTENCES
-        router = {"input_dim": _sentence_dim(instruction_encoder), **(router or {})}
-    config = ComposedConfig(
-        text_config=text_config,
-        encoder_config=encoders,
-        connector_config=connectors,
-        image_token_id=tokenizer.get_vocab()[image_token],
+    plan = plan_composition(
+        backbone,
+        encoder,
+        connector,
         crops=crops,
         mixing=mixing,
-        router_config=dict(router or {}),
+        router=router,
+        instruction_encoder=instruction_encoder,
+        image_token=image_token,
     )
-    config.image_seq_length = count_image_tokens(plan_vision(config)[1].num_tokens, crops=crops)
-    files = [[source.file for source in sources] for sources in (encoder_sources, connector_sources)]
-    check_composition(config, encoder_weights=files[0], connector_weights=files[1])
-    language_model = _load_backbone(place, rows=len(tokenizer), dtype=dtype)
+    config, tokenizer = plan.config, plan.tokenizer
+    language_model = _load_backbone(plan.place, rows=len(tokenizer), dtype=dtype)
     config.text_config = language_model.config  # a placeholder may have been added to its vocabulary
     model = ComposedVLM(config, language_model=language_model).to(dtype)  # type: ignore[arg-type]
-    for part, sources, root in ((model.vision_tower, encoder_sources, "vision_tower"), (model.connector, connector_sources, "connector")):
+    for part, sources, root in ((model.vision_tower, plan.encoders, "vision_tower"), (model.connector, plan.connectors, "connector")):
         for member, source in zip(_members(part), sources, strict=False):
             load_part(member, source, root=root)
     _set_generation(model, tokenizer)
-    processor = _processor(model, tokenizer, image_token, chat_template=chat_template, instruction_encoder=instruction_encoder)
+    processor = _processor(model, tokenizer, image_token, chat_template=chat_template, instruction_encoder=plan.instruction_encoder)
     return model.eval(), processor
 
 

@@ -1,10 +1,22 @@
-"""From what a recipe or a command line names to tasks with their samples."""
+"""From what a recipe or a command line names to models, and to tasks with their samples."""
 
-from alula.config import Recipe, TaskChoice
+from collections.abc import Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from alula.config import ModelChoice, Recipe, TaskChoice
 from alula.data.choices import read_choice
 from alula.data.readers import check_images, read_test
 from alula.data.stream import Stream, Task
 from alula.data.tasks import load_task
+from alula.errors import UserError, nearest
+from alula.experts.upcycling import upcycle
+from alula.models import load_model
+from alula.models.composition import EMBEDDED, compose, plan_composition
+from alula.models.loading import DTYPES, FOUR_BIT, find_device
 from alula.running.cell import limited
 
 
@@ -38,3 +50,63 @@ def load_stream(recipe: Recipe) -> Stream:
     """The recipe's stream."""
     base = tuple(load_choice(choice) for choice in recipe.base_tasks)
     return Stream(tasks=tuple(load_choice(choice) for choice in recipe.tasks), base_tasks=base)
+
+
+def load_chosen(recipe: Recipe, *, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The recipe's model, the same at every call, and its processor.
+
+    Args:
+        device: as in `load_model`.
+
+    Raises:
+        UserError: there is no such model, or its parts do not fit.
+    """
+    chosen = recipe.model
+    if isinstance(chosen, str):
+        return load_model(chosen, dtype=recipe.dtype, device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chosen.seed)
+        if chosen.encoder is None:
+            model, processor = load_model(chosen.backbone, dtype=recipe.dtype, device="cpu")
+        else:
+            model, processor = compose(**_parts(chosen), dtype=DTYPES.get(recipe.dtype, torch.float32))  # type: ignore[assignment]
+        if chosen.upcycle is not None:
+            upcycle(model, **chosen.upcycle)
+    return model.to(find_device(device)).eval(), processor  # type: ignore[arg-type]
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuses a composition that does not fit, before a weight is loaded; of other models nothing is known before.
+
+    Raises:
+        UserError: as `alula.models.composition.compose`, or a keyword that is not known.
+    """
+    chosen = recipe.model
+    if isinstance(chosen, str):
+        return
+    for what, given, function in (("options", chosen.options, compose), ("upcycle", chosen.upcycle or {}, upcycle)):
+        known = [name for name, one in signature(function).parameters.items() if one.kind is Parameter.KEYWORD_ONLY and name != "dtype"]
+        for key in given:
+            if key not in known:
+                raise UserError(f"Unknown key 'model.{what}.{key}'. {nearest(key, known)}")
+    if chosen.encoder is not None:
+        if recipe.dtype == FOUR_BIT:
+            raise UserError("dtype 4bit came for a model out of parts, which are loaded one by one. Take 4bit out, or name a whole model.")
+        plan_composition(**{key: value for key, value in _parts(chosen).items() if key != "chat_template"})
+
+
+def _parts(choice: ModelChoice) -> dict[str, Any]:
+    """Keywords of `compose`."""
+    parts = {"encoder": _with_weights(choice.encoder), "connector": _with_weights(choice.connector)}
+    return {"backbone": choice.backbone, **parts, **choice.options}
+
+
+def _with_weights(part: Any) -> Any:
+    """The part, with the place of the embedded default's weights where its name stands."""
+    if isinstance(part, list):
+        return [_with_weights(one) for one in part]
+    if not isinstance(part, Mapping) or part.get("weights") != EMBEDDED:
+        return part
+    from alula.models.smol import prepare_smol
+
+    return {**part, "weights": str(prepare_smol() / "model.safetensors")}

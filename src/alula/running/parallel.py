@@ -14,9 +14,9 @@ import torch
 
 from alula.config import Recipe
 from alula.files import read_json, told_of
-from alula.models import load_model
 from alula.running.cell import CRASHED, Cell
 from alula.running.cells import write_crash
+from alula.running.choices import load_chosen
 
 LOG = "worker.log"
 TAIL = 30  # lines of the log that are kept of a worker that died
@@ -134,7 +134,7 @@ def affordable_workers(recipe: Recipe, *, most: int) -> int:
 
 def measure_model(recipe: Recipe) -> int:
     """Bytes of the recipe's model in memory, as loaded."""
-    model, _ = load_model(recipe.model, dtype=recipe.dtype, device="cpu")
+    model, _ = load_chosen(recipe, device="cpu")
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -17,10 +17,9 @@ from alula.config import Recipe, check_recipe, write_recipe
 from alula.data.stream import Stream
 from alula.errors import UserError
 from alula.files import write_json, write_text
-from alula.models import load_model
 from alula.running.cell import Cell, run_cell
 from alula.running.cells import RECIPE, VERSIONS, attempt, has_base, list_cells
-from alula.running.choices import load_stream
+from alula.running.choices import check_model, load_chosen, load_stream
 from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
 from alula.training.processes import Team
 
@@ -58,6 +57,7 @@ def run_recipe(
             "were wanted as well. Take that out, or start one process."
         )
     cells = list_cells(recipe, folder)
+    check_model(recipe)
     stream = load_stream(recipe)
     with contextlib.ExitStack() as stack:
         launcher = stack.enter_context(launching(recipe, folder, workers=workers, ray=ray, most=len(cells)))
@@ -67,7 +67,7 @@ def run_recipe(
             say(f"{cell.name}: done already")
         todo = [cell for cell, over in zip(cells, is_done, strict=True) if not over]
         if launcher is None:
-            return _run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
+            return run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
         names = [task.name for task in (*stream.tasks, *stream.base_tasks)]
         return dispatch(todo, launcher, has_base=lambda: has_base(folder, names), say=say)
 
@@ -85,7 +85,7 @@ def launching(recipe: Recipe, folder: Path, *, workers: int | None, ray: str | N
     yield Processes(folder, workers=count) if count > 1 else None
 
 
-def _run_here(
+def run_here(
     recipe: Recipe,
     cells: Sequence[Cell],
     stream: Stream,
@@ -95,10 +95,11 @@ def _run_here(
     fail_fast: bool,
     team: Team,
 ) -> int:
+    """Runs cells of `recipe` one after another in this process, and gives the number that crashed."""
     crashed = 0
     for cell in cells:
         say(f"{cell.name}: running")
-        run = partial(run_cell, cell, stream, lambda: load_model(recipe.model, dtype=recipe.dtype), progress=progress, team=team)
+        run = partial(run_cell, cell, stream, lambda: load_chosen(recipe), progress=progress, team=team)
         error = None
         if fail_fast:
             run()

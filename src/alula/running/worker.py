@@ -9,10 +9,9 @@ import torch
 
 from alula.config import read_recipe
 from alula.errors import UserError
-from alula.models import load_model
 from alula.running.cell import run_cell
 from alula.running.cells import RECIPE, attempt, find_cell
-from alula.running.choices import load_stream
+from alula.running.choices import load_chosen, load_stream
 
 
 def run_named(folder: Path, name: str, *, threads: int) -> str | None:
@@ -29,7 +28,7 @@ def run_named(folder: Path, name: str, *, threads: int) -> str | None:
     torch.set_num_threads(threads)
     recipe = read_recipe(folder / RECIPE)
     cell = find_cell(recipe, folder, name)
-    return attempt(cell, lambda: run_cell(cell, load_stream(recipe), lambda: load_model(recipe.model, dtype=recipe.dtype)))
+    return attempt(cell, lambda: run_cell(cell, load_stream(recipe), lambda: load_chosen(recipe)))
 
 
 def main() -> None:
