@@ -5,9 +5,11 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from PIL import Image
 from scripts.api_reference import render, verbs
 
@@ -17,12 +19,22 @@ from alula.data.tasks import TASKS
 from alula.files import write_jsonl
 from alula.methods import METHODS
 from alula.report.definitions import METRICS
+from terminal import Terminal
 from zoo import build
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 GUIDE = ROOT / "docs" / "own_model_and_data.md"
+FIRST_HOUR = ROOT / "docs" / "first_hour.md"
+# Of a page that is typed: a tiny model, few samples, few steps.
+SMALL = {
+    r"^MODEL=smol$": "MODEL=my-model",
+    r'"train": 96, "test": 24': '"train": 9, "test": 4',
+    r"(alula learn .*)": r"\1 --set steps=2 --set batch_size=4",
+    r"--limit \d+": "--limit 4",
+    r"(alula generate .*)": r"\1 --max-new-tokens 3",
+}
 
 
 def blocks(page, language):
@@ -80,9 +92,27 @@ def test_the_guides_python_runs_from_top_to_bottom(desk, capsys):
     space: dict = {}
     for number, code in enumerate(blocks(GUIDE, "python")):
         if "adapter-folder" in code:
-            shutil.copytree("my-pool/experts/invoices", "adapter-folder")
+            shutil.copytree("python-pool/experts/invoices", "adapter-folder")
         exec(compile(shortened(code), f"{GUIDE.name}, block {number + 1}", "exec"), space)
-    assert alula.Pool.open("my-pool").names == ["invoices", "receipts"]
+    assert alula.Pool.open("python-pool").names == ["invoices", "receipts"]
+
+
+def test_the_first_hour_can_be_typed_from_top_to_bottom(desk, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: None)  # there is no network in tests
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options["repo_id"]))
+    with Terminal(small=SMALL) as terminal:
+        terminal.type_page(FIRST_HOUR.read_text(encoding="utf-8"))
+        terminal.interrupt_server()
+    assert pushed == ["me/my-pool"]
+    assert alula.Pool.open("my-pool").names == ["colours", "shapes"]
+    assert {path.name for path in desk.iterdir()} >= {"colours-adapter", "merged", "predictions"}
+
+
+def test_the_first_hour_installs_what_there_is():
+    wanted = re.findall(r"pip install '\.\[([\w,]+)\]'", FIRST_HOUR.read_text(encoding="utf-8"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert wanted and {extra for entry in wanted for extra in entry.split(",")} <= set(extras)
 
 
 def test_the_guides_rows_and_recipe_are_read(tmp_path):

@@ -29,6 +29,7 @@ ROOMS = (
     "routers",
     "mixture",
     "learners",
+    "adapters",
     "peft_format",
     "learner_format",
     "pool",

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from alula.cli import (
+    ablate,
     adopt,
     align,
     compare,
@@ -19,6 +20,7 @@ from alula.cli import (
     learn,
     listing,
     merge,
+    pretrain,
     push,
     recommend,
     remap,
@@ -74,7 +76,9 @@ app.command("diagnose")(diagnose.diagnose)
 app.command("list")(listing.listing)
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
+app.command("ablate")(ablate.ablate)
 app.command("align")(align.align)
+app.command("pretrain")(pretrain.pretrain)
 app.command("recommend")(recommend.recommend)
 app.command("serve")(serve.serve)
 app.command("adopt")(adopt.adopt)

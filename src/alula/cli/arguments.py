@@ -1,12 +1,23 @@
 """What several verbs take in the same form."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alula.config import TaskChoice
 
-FILES = (".jsonl", ".json", ".parquet")
+
+def names_data(text: str) -> bool:
+    """Whether `text` is the path of data, not the name of a built-in task."""
+    from alula.data.formats.table import endings
+
+    return "/" in text or text.endswith(endings())
+
+
+def name_for(path: str) -> str:
+    """A task's name from the path of its data: ``shards/train-*.tar.gz`` is ``train``."""
+    return re.sub(r"\W+", "-", Path(path).name.partition(".")[0]).strip("-") or "task"
 
 
 def task_choice(text: str, **fields: Any) -> "TaskChoice":
@@ -19,9 +30,8 @@ def task_choice(text: str, **fields: Any) -> "TaskChoice":
     from alula.errors import UserError
 
     name, equals, path = text.partition("=")
-    if not equals and (Path(text).suffix in FILES or "/" in text):
-        stem = Path(text).stem if Path(text).suffix else Path(text).name
-        raise UserError(f"--task {text} has no name. Give the task one: --task {stem}={text}")
+    if not equals and names_data(text):
+        raise UserError(f"--task {text} has no name. Give the task one: --task {name_for(text)}={text}")
     if not name or (equals and not path):
         raise UserError(f"--task {text} came; name=file.jsonl, or the name of a built-in task alone, is wanted (see `alula list`).")
     return check_task(name=name, path=Path(path) if path else None, **fields)

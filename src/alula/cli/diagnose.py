@@ -27,14 +27,12 @@ def diagnose(
     """
     from rich.table import Table
 
-    from alula.cli.arguments import FILES, task_choice
+    from alula.cli.arguments import name_for, names_data, task_choice
     from alula.cli.screen import progress, results
     from alula.files import write_json
     from alula.report.attention_shift import FILE, build_attention_page, shift_lines
 
-    path = Path(data)
-    is_file = path.suffix in FILES or "/" in data
-    choice = task_choice(f"{path.stem}={data}") if is_file else task_choice(data, test_size=limit)
+    choice = task_choice(f"{name_for(data)}={data}") if names_data(data) else task_choice(data, test_size=limit)
     from alula.running.choices import load_to_score
 
     samples = list(load_to_score(choice).test)[:limit]

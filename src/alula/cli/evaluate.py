@@ -14,8 +14,10 @@ HARNESSES = ("lm-eval", "lmms-eval")
 
 def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="A built-in task, or name=file.jsonl. May be repeated.")] = None,
-    pool: Annotated[Path | None, typer.Option(help="The pool's folder. Without one, the model as it is is scored.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where predictions go. Default: evaluation in the pool.")] = None,
+    pool: Annotated[
+        Path | None, typer.Option(help="The pool's folder, or its name on the hub. Without it, --model is scored as it is.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where predictions go. Default: evaluation in the pool's folder.")] = None,
     all_rows: Annotated[bool, typer.Option(help="Score every row of a file, not only the tenth that `learn` holds out.")] = False,
     limit: Annotated[int | None, typer.Option(help="Test samples at most per task.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="A model to score without a pool; with one: where its base model is.")] = None,
@@ -47,6 +49,8 @@ def evaluate(
         _harness(harness, str(tasks).split(","), pool, model, folder, batch_size=batch_size, options=options)
         return
     choices = [task_choice(entry) for entry in task or ()]
+    if out is None:
+        _refuse_hub_name(str(pool))
     from alula.running.choices import load_choice, load_to_score
     from alula.running.learn import score_pool
 
@@ -57,6 +61,19 @@ def evaluate(
         rows = score_pool(opened, loaded, out=folder, limit=limit, progress=bar, finish=finish)
     _table(rows, {"score": "score", "n": "num_samples", "unparsed": "unparsed", "metric": "metric"})
     results.print(f"Predictions: {folder}", markup=False, soft_wrap=True)
+
+
+def _refuse_hub_name(pool: str) -> None:
+    """Predictions go into a pool's folder; one made under a name on the hub would hide the pool from then on.
+
+    Raises:
+        UserError: `pool` is no folder here, but may be a name on the hub.
+    """
+    from alula.errors import UserError
+    from alula.pool.hub import is_hub_name
+
+    if is_hub_name(pool):
+        raise UserError(f"{pool} is no folder here, so predictions cannot go into it. Give a folder with --out, or correct the path.")
 
 
 def _opened(pool: Path | None, model: str | None) -> "Opened":

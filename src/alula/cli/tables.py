@@ -28,14 +28,21 @@ def summary_table(folder: Path) -> Table:
 
 
 def pool_table(folder: Path) -> Table:
-    """One row per expert: what it was trained on, and its scores when it was learnt."""
+    """One row per expert: what it was trained on, its scores when it was learnt, and in the last evaluation of the whole pool."""
     from alula.pool.manifest import read_manifest
+    from alula.report.pool_page import moments
 
     manifest = read_manifest(folder)
-    table = Table("expert", "added", "samples", "steps", "before", "after", "n", title=f"{folder}: base model {manifest['base']['name']}")
+    table = Table(
+        *("expert", "added", "samples", "steps", "before", "after", "now", "n"),
+        title=f"{folder}: base model {manifest['base']['name']}",
+        caption="before, after: when it was learnt; now: in the last `alula eval`",
+    )
     for expert in manifest["experts"]:
-        about = expert.get("about", {})
-        scores = ["-" if about.get(key) is None else f"{about[key]:.3f}" for key in ("before", "after")]
+        about, now = expert.get("about", {}), moments(folder, expert["name"])[2]
+        scores = ["-" if score is None else f"{score:.3f}" for score in (about.get("before"), about.get("after"), now.score)]
+        if now.rows and len(now.rows) != about.get("test_samples"):
+            scores[-1] += f" (n = {len(now.rows)})"
         counts = [str(about.get(key, "-")) for key in ("samples", "steps")]
         table.add_row(expert["name"], expert.get("added", "-"), *counts, *scores, str(about.get("test_samples", "-")))
     return table

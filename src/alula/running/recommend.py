@@ -66,7 +66,7 @@ def recommend(
     settings = settings or TrainSettings()
     steps = min(pilot_steps, settings.steps)
     full = _full_recipe(tasks, base_tasks, absolute(model), settings)
-    sizes = measure_sizes(load_model(full.model, device="cpu")[0])
+    sizes = measure_sizes(load_model(absolute(model), device="cpu")[0])
     lines = [constrain(candidate, sizes, limits, num_tasks=len(tasks)) for candidate in candidates(settings)]
     found: dict[str, Series] = {}
     errors: dict[str, str] = {}
@@ -93,13 +93,18 @@ def recommend(
 
 def _full_recipe(tasks: Sequence[TaskChoice], base_tasks: Sequence[TaskChoice], model: str, settings: TrainSettings) -> Recipe:
     """All candidates on all data; files by their whole paths, so that the recipe runs from every folder."""
-    wanted, base = ([_by_whole_path(choice).model_dump() for choice in choices] for choices in (tasks, base_tasks))
+    wanted, base = ([_by_whole_paths(choice.model_dump()) for choice in choices] for choices in (tasks, base_tasks))
     methods = [candidate.choice.model_dump(by_alias=True) for candidate in candidates(settings)]
     return check_recipe({"model": model, "tasks": wanted, "base_tasks": base, "methods": methods, "train": settings.model_dump()})
 
 
-def _by_whole_path(choice: TaskChoice) -> TaskChoice:
-    return choice if choice.path is None else choice.model_copy(update={"path": choice.path.resolve()})
+def _by_whole_paths(value: Any) -> Any:
+    """`value` with every path in it absolute, at any depth."""
+    if isinstance(value, dict):
+        return {key: _by_whole_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_by_whole_paths(entry) for entry in value]
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def _with_methods(recipe: Recipe, names: Sequence[str]) -> Recipe:
