@@ -53,6 +53,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def clear_leftovers(folder: Path | str) -> None:
+    """Deletes the half-written files that a killed process left in `folder`, where nobody else may be writing now."""
+    for leftover in Path(folder).rglob(".*.part"):
+        leftover.unlink(missing_ok=True)
+
+
 def _write(path: Path | str, fill: Callable[[IO[str]], object]) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         fill(out)

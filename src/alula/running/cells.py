@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alula.config import MethodChoice, Recipe
 from alula.errors import UserError, nearest
-from alula.files import write_json
+from alula.files import clear_leftovers, write_json
 from alula.methods import ADDITIONS, METHODS, Method
 from alula.running.cell import CRASHED, Cell
 from alula.training import TrainSettings
@@ -103,7 +103,10 @@ def attempt(cell: Cell, run: Callable[[], None], *, team: Team | None = None) ->
     others hang, and its error is raised to end the launch.
     """
     team = team or Team()
-    (cell.folder / CRASHED).unlink(missing_ok=True)
+    if team.is_main:
+        clear_leftovers(cell.folder)
+        (cell.folder / CRASHED).unlink(missing_ok=True)
+    team.wait()
     crash: Exception | None = None
     try:
         run()
