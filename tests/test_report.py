@@ -9,11 +9,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
 from alula.errors import UserError
 from alula.evaluation.measures import MEASURES
 from alula.files import read_jsonl, write_jsonl, write_text
 from alula.report import build_report, summary
+from alula.report.comparison import build_comparison
 from alula.report.figures import round_ticks
 from alula.report.format import show, show_amount, show_bytes, show_time
 from alula.report.reading import read_run
@@ -184,3 +186,13 @@ def test_layers_are_grouped_by_depth_whatever_their_names() -> None:
     names = [f"model.layers.{i}.{part}" for i in range(6) for part in ("self_attn", "mlp")]
     assert layer_groups(names) == [("layers 0–1", [0, 1, 2, 3]), ("layers 2–3", [4, 5, 6, 7]), ("layers 4–5", [8, 9, 10, 11])]
     assert layer_groups(["a", "b"]) == [("layer 0", [0]), ("layer 1", [1])]
+
+
+def test_a_model_made_of_parts_is_named_by_them(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    parts = {"backbone": "smol", "encoder": [{"name": "vit", "width": 8}, "patch"], "connector": "mlp", "options": {}}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": parts}))
+    for build in (build_report, build_comparison):
+        assert "smol + vit + patch + mlp" in build(copy).read_text()

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from alula.files import write_text
 from alula.report.effects_plot import effects_chart
 from alula.report.findings import write_findings
 from alula.report.format import show, show_time
 from alula.report.outcomes import Ablation, Outcome, Point, outcomes_of, read_ablation, shown
+from alula.report.page import write_page
 from alula.report.sections import colour_of, link_to
 
 View = dict[str, object]
@@ -28,10 +27,7 @@ def build_ablation(folder: Path | str, *, out: Path | str | None = None) -> Path
     """
     ablation = read_ablation(folder)
     page = Path(out) if out is not None else ablation.folder / PAGE
-    loader = jinja2.PackageLoader("alula.report", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    write_text(page, environment.get_template("ablation.html.j2").render(ablation_view(ablation, page)))
-    return page
+    return write_page(page, "ablation.html.j2", ablation_view(ablation, page))
 
 
 def ablation_view(ablation: Ablation, page: Path) -> View:

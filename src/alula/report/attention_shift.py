@@ -5,14 +5,14 @@ after learning. It reads what the diagnosis wrote and imports no torch.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from alula.errors import UserError
 from alula.evaluation.bootstrap import Interval, paired_interval
-from alula.files import read_json, write_text
+from alula.files import read_json
 from alula.report.figures import Line, line_chart
 from alula.report.format import UNKNOWN, show, show_interval
+from alula.report.page import write_page
 from alula.report.reading import Cell, Row
 
 View = dict[str, object]
@@ -43,12 +43,8 @@ def build_attention_page(rows: Sequence[Row], *, out: Path | str, title: str) ->
     Raises:
         UserError: `out` cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alula.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     view = _view({title: list(rows)}, drawn=(title,), problems=[])
-    write_text(out, environment.get_template("attention_page.html.j2").render(title=title, attention=view))
-    return Path(out)
+    return write_page(Path(out), "attention_page.html.j2", {"title": title, "attention": view})
 
 
 def shifts_of_cell(cell: Cell, arm: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from alula.files import write_text
 from alula.report.attention_shift import attention_view
 from alula.report.changes import change_view, lost_answers
 from alula.report.definitions import METRICS, OTHER_METRICS, TERMS
 from alula.report.format import show_time
+from alula.report.page import write_page
 from alula.report.reading import Run, read_run
 from alula.report.routing import diagnosis_rows, example_views, expert_colours, routing_views
 from alula.report.sections import (
@@ -41,14 +39,7 @@ def build_report(run_folder: Path | str, *, out: Path | str | None = None) -> Pa
     """
     run = read_run(run_folder)
     page = Path(out) if out is not None else run.folder / "report.html"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alula.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    write_text(page, environment.get_template("template.html.j2").render(report_view(run, page)))
-    return page
+    return write_page(page, "template.html.j2", report_view(run, page))
 
 
 def report_view(run: Run, page: Path) -> View:
@@ -106,7 +97,7 @@ def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
     samples = sum(int(count) for count in member.matrix.counts) if member else 0
     machine = [str(value) for key, value in run.versions.items() if any(word in key.lower() for word in MACHINE_WORDS)]
     facts = [
-        ("Model", _model(run)),
+        ("Model", run.model),
         ("Tasks, in order", " → ".join(member.matrix.tasks) if member else ""),
         ("Base tasks", ", ".join(member.matrix.base_tasks) if member else ""),
         ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
@@ -120,10 +111,3 @@ def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
         ("Machine", ", ".join(machine)),
     ]
     return [(label, text) for label, text in facts if text]
-
-
-def _model(run: Run) -> str:
-    named = run.recipe.get("model", "")
-    if isinstance(named, dict):
-        return str(next((named[key] for key in ("name_or_path", "name", "path") if named.get(key)), ""))
-    return str(named)

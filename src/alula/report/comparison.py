@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from alula.files import write_text
 from alula.report.by_task import TaskScores, scores_by_task, show_score, tasks_of
 from alula.report.columns import ATTENTION_CHANGE, NEW_SKILL, STORED, TIME, Column, Known, filled, measured, probe_columns, probe_families
 from alula.report.curves import curve_views
 from alula.report.definitions import MAIN
+from alula.report.page import write_page
 from alula.report.pairs import pair_sentences, pair_view, pairs_of
 from alula.report.plots import plot_views
 from alula.report.reading import Run, read_run
@@ -33,10 +32,7 @@ def build_comparison(run_folder: Path | str, *, out: Path | str | None = None) -
     """
     run = read_run(run_folder)
     page = Path(out) if out is not None else run.folder / PAGE
-    loader = jinja2.PackageLoader("alula.report", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    write_text(page, environment.get_template("comparison.html.j2").render(comparison_view(run, page)))
-    return page
+    return write_page(page, "comparison.html.j2", comparison_view(run, page))
 
 
 def comparison_view(run: Run, page: Path) -> View:
@@ -104,7 +100,7 @@ def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
     states = {state: sum(cell.state == state for cell in run.cells) for state in ("finished", "crashed", "unfinished")}
     learnt, between = ("Tasks, all at once", ", ") if all_joint(series) else ("Orders" if len(orders) > 1 else "Tasks, in order", " → ")
     facts = [
-        ("Model", str(run.recipe.get("model", ""))),
+        ("Model", run.model),
         (learnt, "; ".join(between.join(orders[order]) for order in sorted(orders))),
         ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
         ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in run.cells}))),

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from alula.evaluation.bootstrap import Interval, bootstrap_interval, paired_interval
-from alula.files import read_jsonl, write_text
+from alula.files import read_jsonl
 from alula.pool.manifest import inside, read_manifest
 from alula.report.format import show, show_bytes, show_interval, show_time
+from alula.report.page import write_page
 from alula.report.sections import link_to
 
 View = dict[str, object]
@@ -64,11 +64,7 @@ def build_pool_report(folder: Path | str, *, out: Path | str | None = None) -> P
     """
     home = Path(folder)
     page = Path(out) if out is not None else home / "report.html"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alula.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    write_text(page, environment.get_template("pool.html.j2").render(pool_view(home, read_manifest(home), page)))
-    return page
+    return write_page(page, "pool.html.j2", pool_view(home, read_manifest(home), page))
 
 
 def pool_view(home: Path, manifest: dict, page: Path) -> View:

@@ -84,6 +84,16 @@ class Run:
     cells: tuple[Cell, ...]
     problems: tuple[str, ...] = ()
 
+    @property
+    def model(self) -> str:
+        """The model's name or folder; the names of its parts for one that was composed."""
+        chosen = self.recipe.get("model", "")
+        if not isinstance(chosen, dict):
+            return str(chosen)
+        parts = (chosen.get(key) for key in ("backbone", "encoder", "connector"))
+        named = [one for part in parts if part for one in (part if isinstance(part, list) else [part])]
+        return " + ".join(str(one["name"]) if isinstance(one, dict) else str(one) for one in named)
+
 
 def read_run(folder: Path | str) -> Run:
     """Everything in a run folder but the predictions, which are read where they are needed.
