@@ -101,6 +101,18 @@ def test_joint_has_one_row_after_all_tasks(finished):
     assert rows == {0, 1}
 
 
+def test_base_tasks_can_be_scored_after_the_last_task_only(tiny, finished, tmp_path):
+    methods = [{"name": "finetune", "options": {"rank": 2}}, {"name": "joint", "options": {"rank": 2}}]
+    few = recipe(tiny, methods=methods, evaluation={"base_every_task": False}, examples=0)
+    assert run_recipe(few, tmp_path / "run", say=lambda line: None, fail_fast=True) == 0
+    for cell in ("finetune-seed0", "joint-seed0"):
+        every = scores(finished, cell)
+        last = max(row for row, _, _ in every)
+        due = {key: score for key, score in every.items() if key[0] in (0, last) or key[2] not in ("capital", "prose")}
+        assert scores(tmp_path / "run", cell) == due
+    assert "Base forgetting" in build_report(tmp_path / "run").read_text()
+
+
 def test_routing_weights_sum_to_one(finished):
     for arm in read_json(finished / "cells" / "routed-seed0" / "routing.json"):
         for task in arm["weights"]:

@@ -97,6 +97,9 @@ class EvaluationSettings(Strict):
     future_tasks: bool = True
     """Also score tasks that are not learnt yet: needed for forward transfer, costs time."""
 
+    base_every_task: bool = True
+    """Score the base tasks after each task; false: only after the last one, which saves time and leaves their curves two points."""
+
     attention_shift: int = Field(0, ge=0)
     """Test samples of which the attention shift is measured before and after learning; 0: none."""
 

@@ -48,6 +48,7 @@ class Cell:
     base_folder: Path
     batch_size: int
     future_tasks: bool = True
+    base_every_task: bool = True
     examples: int = 0
     attention_shift: int = 0
     trackers: tuple[str, ...] = ()

@@ -118,7 +118,7 @@ def _pilot_recipe(full: Recipe, names: Sequence[str], *, size: int, steps: int) 
             "tasks": [choice.model_copy(update=few) for choice in full.tasks],
             "base_tasks": [choice.model_copy(update=few) for choice in full.base_tasks],
             "train": full.train.model_copy(update={"steps": steps}),
-            "evaluation": full.evaluation.model_copy(update={"future_tasks": False}),
+            "evaluation": full.evaluation.model_copy(update={"future_tasks": False, "base_every_task": False}),
             "examples": 0,
         }
     )

@@ -58,7 +58,7 @@ class ScoreBook:
         """All tasks after task `after`, used the way of `arm`."""
         seen = [task.name for task in self.stream.tasks[:row]] if after != JOINT else [task.name for task in self.stream.tasks]
         for task in self._tasks():
-            if not (task.is_base or task.name in seen or self.cell.future_tasks):
+            if not self._is_due(task, seen):
                 continue
             sources = [self._path(row, arm.name, task)]
             if arm.is_settled and after not in (JOINT, task.name):
@@ -81,6 +81,11 @@ class ScoreBook:
 
     def _tasks(self) -> Sequence[Task]:
         return (*self.stream.tasks, *self.stream.base_tasks)
+
+    def _is_due(self, task: Task, seen: Sequence[str]) -> bool:
+        if task.is_base:
+            return self.cell.base_every_task or len(seen) == len(self.stream.tasks)
+        return task.name in seen or self.cell.future_tasks
 
     def _path(self, row: int, arm: str, task: Task) -> Path:
         return self.cell.folder / "predictions" / f"row{row:02d}" / arm / f"{task.name}.jsonl"
