@@ -1,7 +1,6 @@
 """The verbs of the command line on a tiny model of a real architecture, from files that a user would write."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -288,14 +287,3 @@ def test_help_lists_and_reports_import_no_torch(world):
     for arguments in (["--help"], ["learn", "--help"], ["list", str(world.pool)], ["report", str(world.pool)]):
         done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-
-
-def test_the_installed_command_is_the_application():
-    command = [sys.executable, "-c", "import importlib.metadata as m; print(m.entry_points(group='console_scripts')['alula'].value)"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "alula.cli:main"
-
-
-def test_several_processes_are_refused():
-    environment = {**os.environ, "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", "from alula.cli import main; main()"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "Start one process" in done.stderr

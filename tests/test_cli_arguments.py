@@ -1,5 +1,8 @@
 """What the command line makes of what is typed: paths, names, and folders that it must not make."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,14 @@ def test_the_recipe_of_a_recommendation_runs_from_every_folder():
     first, second = _full_recipe(tasks, [], "smol", TrainSettings()).tasks
     assert (first.path, first.test_path, first.image_root) == tuple(Path.cwd() / name for name in ("a.jsonl", "test.jsonl", "images"))
     assert (second.path, second.blend[0].path, second.blend[1].path) == (None, Path.cwd() / "b.jsonl", None)
+
+
+def test_the_installed_command_is_the_application():
+    command = [sys.executable, "-c", "import importlib.metadata as m; print(m.entry_points(group='console_scripts')['alula'].value)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "alula.cli:main"
+
+
+def test_several_processes_are_refused():
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", "from alula.cli import main; main()"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Start one process" in done.stderr

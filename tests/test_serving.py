@@ -1,17 +1,13 @@
 """`alula serve`, asked by the official client through a real socket: it says what the model says offline, and who said it."""
 
 import base64
-import contextlib
 import io
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +15,6 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,10 +23,8 @@ from alula.context import OFF
 from alula.data.collate import Collator
 from alula.data.sample import Message, Sample
 from alula.evaluation.generation import generate_answers
-from alula.running.learn import generate, open_pool
-from alula.serving.answering import Answerer
-from alula.serving.limits import Limits
-from alula.serving.server import build_app
+from alula.running.learn import open_pool
+from served_pool import ask, offline, said, seen, serving, text_of
 from taught_pool import taught_pool
 from zoo.parts import picture
 
@@ -46,24 +39,6 @@ def opened(taught):
     return open_pool(taught.pool)
 
 
-@contextlib.contextmanager
-def serving(opened, *, api_key=None, **limits):
-    """The address of a server with these limits, and its answerer."""
-    answerer = Answerer(opened, name="pool", limits=Limits(**limits))
-    app = build_app(answerer, api_key=api_key, hosts=("127.0.0.1",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    bound = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        yield address, answerer
-    finally:
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def served(opened):
     with serving(opened, max_body_bytes=200_000, max_pixels=10_000, max_images=2, max_new_tokens=40, max_waiting=3) as found:
@@ -74,33 +49,6 @@ def served(opened):
 def client(served):
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0) as found:
         yield found
-
-
-def as_url(image, kind="PNG"):
-    held = io.BytesIO()
-    image.save(held, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"
-
-
-def seen(image, text="what colour?"):
-    """A user message of an image and a question."""
-    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": as_url(image)}}, {"type": "text", "text": text}]}
-
-
-def said(text):
-    return {"role": "user", "content": text}
-
-
-def ask(client, *messages, model="pool", max_tokens=8, **options):
-    return client.chat.completions.create(model=model, messages=list(messages), max_tokens=max_tokens, **options)
-
-
-def text_of(completion):
-    return completion.choices[0].message.content
-
-
-def offline(opened, question, *images, tokens=8):
-    return generate(opened, question, images=images, max_new_tokens=tokens).text
 
 
 def test_the_models_are_the_pool_each_expert_and_the_base(client):
@@ -245,66 +193,6 @@ def test_forms_other_hosts_and_other_paths_are_refused(served):
         yield from (b"x" * 50_000 for _ in range(10))
 
     assert httpx.post(path, content=slices(), headers={"content-type": "application/json"}).status_code == 413
-
-
-class Slow:
-    """A hook that makes each forward take time, and counts them."""
-
-    def __init__(self, model, seconds):
-        self.count, self._seconds = 0, seconds
-        self._hook = model.register_forward_pre_hook(self._wait)
-
-    def _wait(self, model, args):
-        self.count += 1
-        time.sleep(self._seconds)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._hook.remove()
-
-
-def until(is_so, seconds=20):
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_its_generation(opened, stream):
-    with serving(opened, max_new_tokens=500) as (address, answerer), Slow(opened.model, 0.05) as slow:
-        body = {"model": "pool/words", "messages": [said("hi")], "stream": stream}
-        with (
-            pytest.raises(httpx.TimeoutException),
-            httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=0.6) as answer,
-        ):
-            started = time.monotonic()
-            for _ in answer.iter_lines():
-                if time.monotonic() - started > 0.3:
-                    raise httpx.ReadTimeout("left")
-        until(lambda: answerer.num_jobs == 0)
-        assert 0 < slow.count < 60
-
-
-def test_a_full_queue_is_429_a_late_turn_503_and_time_ends_an_answer(opened):
-    with (
-        serving(opened, max_waiting=1, max_new_tokens=500, timeout=4.0) as (address, answerer),
-        Slow(opened.model, 0.05),
-        ThreadPoolExecutor(2) as pool,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
-    ):
-        first = pool.submit(ask, client, said("hi"), model="base", max_tokens=500)
-        until(lambda: answerer.num_jobs == 1)
-        second = pool.submit(ask, client, said("hi"), model="base", max_tokens=500)
-        until(lambda: answerer.num_jobs == 2)
-        with pytest.raises(openai.RateLimitError):
-            ask(client, said("hi"))
-        assert first.result().choices[0].finish_reason == "length"
-        assert 0 < first.result().usage.completion_tokens < 100
-        ended = second.exception() or second.result()  # it begins at the very moment its time is over, or not at all
-        assert getattr(ended, "status_code", 503) == 503
 
 
 def test_a_failure_of_the_model_is_told_and_the_server_goes_on(opened, client):

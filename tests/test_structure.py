@@ -201,6 +201,23 @@ def test_nothing_private_of_torch_or_transformers_is_imported(path):
 
 
 @every_file
+def test_no_pickle_is_written_or_read(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name.split(".")[0] for alias in node.names} | {getattr(node, "module", None) or ""}
+            assert not names & {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "torch.save", f"line {node.lineno}: use write_tensors"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called == "torch.load":
+                assert keywords.get("weights_only") == "True", f"line {node.lineno}"
+            if called in ("np.load", "numpy.load"):
+                assert keywords.get("allow_pickle", "False") == "False", f"line {node.lineno}"
+            assert keywords.get("trust_remote_code", "False") == "False", f"line {node.lineno}: runs foreign code"
+
+
+@every_file
 def test_no_file_is_a_drawer_and_no_annotations_are_postponed(path):
     assert path.stem not in ("utils", "helpers", "common", "misc", "manager")
     assert "annotations" not in [alias.name for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) for alias in node.names]
