@@ -165,6 +165,13 @@ def test_forgetting_with_the_last_row_is_never_negative_and_the_others_may_be():
     assert (matrix().summarise(random)["forgetting_with_last_row"] >= 0).all()
 
 
+def test_scoring_tasks_to_come_changes_no_forgetting():
+    rows = changed(1, 1, 0.95)  # b, before it was learnt
+    unseen = [[value if column <= row - 1 or column > 2 else NAN for column, value in enumerate(line)] for row, line in enumerate(rows)]
+    for name in ("forgetting", "forgetting_with_last_row", "forgetting_since_learnt"):
+        assert matrix(rows).value(name) == matrix(unseen).value(name) == pytest.approx(EXPECTED[name])
+
+
 def test_forgetting_since_learnt_is_backward_transfer_with_the_other_sign():
     found = matrix().summarise(np.random.default_rng(1).random((20, 4, 6)))
     assert np.array_equal(found["forgetting_since_learnt"], -found["backward_transfer"])

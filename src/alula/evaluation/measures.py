@@ -42,10 +42,12 @@ def _last(rows: Rows, columns: Columns) -> Float[np.ndarray, "*resamples columns
 
 
 def _best_before_last(rows: Rows, columns: Columns) -> Float[np.ndarray, "*resamples columns"]:
-    """max_{1 <= l < T} R[l, j] over the rows in which j was measured; NaN where it was in none."""
+    """max_{j <= l < T} R[l, j] over the rows in which j was measured; NaN where it was in none."""
     if rows.shape[-2] < 3:
         return np.full((*rows.shape[:-2], len(columns)), np.nan)
-    return np.fmax.reduce(rows[..., 1:-1, :][..., columns], axis=-2)
+    row = np.arange(1, rows.shape[-2] - 1)[:, None]
+    since_learnt = np.where(row > columns, rows[..., 1:-1, :][..., columns], np.nan)  # column j is learnt in row j + 1
+    return np.fmax.reduce(since_learnt, axis=-2)
 
 
 @measure("Average score", "mean over j of R[T, j]", better="higher", also_called=("ACC", "Last", "MFN", "arithmetic mean"))
@@ -67,14 +69,15 @@ def backward_transfer(rows: Rows, columns: Columns) -> Values:
     return _mean(_last(rows, columns) - _learnt(rows, columns))
 
 
-@measure("Forgetting", "mean over j < T of max R[l, j], 1 <= l < T, - R[T, j]", better="lower", over="earlier")
+@measure("Forgetting", "mean over j < T of max R[l, j], j <= l < T, - R[T, j]", better="lower", over="earlier")
 def forgetting(rows: Rows, columns: Columns) -> Values:
-    """Mean over all tasks but the last: best score at any earlier stage minus score at the end. Positive = lost; may be
-    negative. With few samples it is above zero by chance alone.
+    """Mean over all tasks but the last: best score since it was learnt and before the end, minus score at the end. Positive =
+    lost; may be negative. With few samples it is above zero by chance alone.
 
     Source: Chaudhry et al. 2018 (arXiv 1801.10112), equation 3.
 
-    The base model's row and the last row are not in the maximum. Difference: nor are rows in which a task was not measured.
+    The last row is not in the maximum, nor are rows from before the task was learnt (a_k,j is defined for j <= k there), so that
+    scoring tasks to come changes nothing. Difference: nor are rows in which a task was not measured.
     A maximum over noisy rows is biased upwards: with few samples forgetting is above -BWT by chance alone.
     """
     return _mean(_best_before_last(rows, columns) - _last(rows, columns))
@@ -153,7 +156,7 @@ def forward_transfer(rows: Rows, columns: Columns) -> Values:
     return _mean(rows[..., columns, columns] - rows[..., 0, columns])
 
 
-@measure("Forgetting, last row included", "mean over j < T of max R[l, j], 1 <= l <= T, - R[T, j]", better="lower", over="earlier")
+@measure("Forgetting, last row included", "mean over j < T of max R[l, j], j <= l <= T, - R[T, j]", better="lower", over="earlier")
 def forgetting_with_last_row(rows: Rows, columns: Columns) -> Values:
     """As forgetting, with the score at the end among the best: a task that got better counts as 0, and it is never negative.
 
