@@ -1,13 +1,15 @@
 """Verbs in several processes: torchrun and accelerate launch say in the environment who is who and what is wanted."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from alula.errors import UserError
 
-VERBS = ("learn", "run")
+VERBS = ("learn", "pretrain", "run")
 """What several processes can do together; the other verbs would do it several times."""
 
 
@@ -25,7 +27,7 @@ def check_verb(arguments: Sequence[str]) -> None:
     """Ends this process if it is one of several and its verb is for one alone."""
     if num_processes() > 1 and arguments[:1] not in [[verb] for verb in VERBS]:
         sys.exit(
-            f"alula was started in several processes, which can {' and '.join(VERBS)} together; another verb would write the same "
+            f"alula was started in several processes, which can {', '.join(VERBS)} together; another verb would write the same "
             "files several times. Start one process."
         )
 
@@ -34,27 +36,50 @@ def check_verb(arguments: Sequence[str]) -> None:
 def launched() -> Iterator[list[str]]:
     """A block in which the processes of this launch can speak to each other; gives the training settings it asks for.
 
+    DeepSpeed becomes the setting `deepspeed` (`alula.training.deepspeed_settings`) and is taken out of the environment: Accelerate would
+    start its engine.
+
     Raises:
-        UserError: DeepSpeed, or FSDP's first version.
+        UserError: FSDP's first version.
     """
+    asked = []
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate launch came with DeepSpeed, whose engine keeps gradients and optimizer to itself. FSDP2 is accepted "
-            "(--use_fsdp --fsdp_version 2, or torchrun and --set train.shard=true); docs/distributed.md says what else works."
-        )
-    is_sharded = _is_on("ACCELERATE_USE_FSDP")
-    if is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("accelerate launch came with FSDP's first version. Version 2 is accepted: add --fsdp_version 2.")
+        asked = [f"deepspeed={json.dumps(_deepspeed_config())}"]
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    elif _is_on("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("accelerate launch came with FSDP's first version. Version 2 is accepted: add --fsdp_version 2.")
+        asked = ["shard=true"]
     if num_processes() == 1:
-        yield []
+        yield asked
         return
     from torch.distributed import destroy_process_group
 
     from alula.training.processes import join_launch
 
     join_launch()
-    yield ["shard=true"] if is_sharded else []
+    yield asked
     destroy_process_group()
+
+
+def _deepspeed_config() -> str | dict[str, Any]:
+    """The file that `accelerate launch` was given, or what its options would stand in one for, with its defaults."""
+    variables = {name.removeprefix("ACCELERATE_"): value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    file = variables.get("DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        return file
+    precision = variables.get("MIXED_PRECISION", "no")
+    devices = {f"offload_{part}": variables.get(f"DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none") for part in ("optimizer", "param")}
+    zero: dict[str, Any] = {"stage": int(variables.get("DEEPSPEED_ZERO_STAGE", "2"))}
+    zero |= {key: {"device": device} for key, device in devices.items()}
+    forwards = variables.get("GRADIENT_ACCUMULATION_STEPS", "1")
+    return {
+        "zero_optimization": zero,
+        # One is what Accelerate's questionnaire writes down for those who do not ask for any.
+        "gradient_accumulation_steps": "auto" if forwards == "1" else forwards,
+        "gradient_clipping": variables.get("GRADIENT_CLIPPING", "auto"),
+        **({precision: {"enabled": True}} if precision in ("bf16", "fp16") else {}),
+    }
 
 
 def _is_on(name: str) -> bool:

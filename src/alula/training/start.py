@@ -21,7 +21,7 @@ def make_accelerator(given: Accelerator | None, *, trackers: Sequence[str], fold
     """`given`, or one for the devices that are there which writes to `trackers` below `folder`.
 
     Raises:
-        UserError: an unknown or missing tracker, trackers without a folder or beside an accelerator of one's own, DeepSpeed,
+        UserError: an unknown or missing tracker, trackers without a folder or beside an accelerator of one's own, DeepSpeed, fp16,
             or FSDP's first version.
     """
     if given is None or trackers:
@@ -32,8 +32,14 @@ def make_accelerator(given: Accelerator | None, *, trackers: Sequence[str], fold
     if given.distributed_type is DistributedType.DEEPSPEED:
         raise UserError(
             "The accelerator is set to DeepSpeed, whose engine keeps gradients and optimizer to itself; methods and the weighting by "
-            "targets need both. Set train.shard: true instead (FSDP2 saves what ZeRO-3 saves), or attach experts and train them with "
-            "transformers.Trainer, which takes a DeepSpeed config (docs/distributed.md)."
+            "targets need both. Make it without DeepSpeed and give the config to the training settings, "
+            "alula.config.check_train({'deepspeed': 'ds_config.json'}), which spreads the weights with FSDP2; or attach experts and train "
+            "them with transformers.Trainer, which takes DeepSpeed itself (docs/distributed.md)."
+        )
+    if given.scaler is not None:
+        raise UserError(
+            "The accelerator is set to fp16, which scales losses; the loop reads gradients as they are. Take --mixed_precision fp16 out "
+            "and set mixed_precision to bf16 in the training settings."
         )
     if given.distributed_type is DistributedType.FSDP and not given.is_fsdp2:
         raise UserError("The accelerator is set to FSDP's first version. Version 2 is accepted: add --fsdp_version 2.")
