@@ -264,6 +264,11 @@ def test_an_added_encoder_changes_nothing_that_was_there(mixing: str, processor:
     optimizer.step()
     assert not torch.equal(model(**batch).logits, old)
     assert all(torch.equal(value, known[name]) for name, value in model.named_parameters() if name in known)
+    (gate,) = model.connector.gates
+    amount = gate.amount.clone()
+    gate.amount.zero_()
+    assert torch.equal(model(**batch).logits, old)  # what was there still says what it said
+    gate.amount.copy_(amount)
     add_encoder(model, VIT, connector=POOL)  # and one more, on what was learnt
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)

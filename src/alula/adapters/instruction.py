@@ -55,7 +55,7 @@ class SentenceEmbedding:
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         self._encoder, self._tokenizer = InstructionEncoder(name), tokenizer
-        self.width = int(self._encoder([""]).shape[-1])
+        self.width = int(self._encoder(["a"]).shape[-1])
 
     def __call__(self, ids: Ids, text: Marks) -> Float[Tensor, "batch width"]:
         """Unit vectors."""

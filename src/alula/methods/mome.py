@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from alula.adapters import Adapters, attach_adapters
+from alula.adapters import AdapterConfig, Adapters, attach_adapters
 from alula.adapters.site import ALL, FIRST, NONE
-from alula.data.stream import Stream, Task
+from alula.data.stream import Task
 from alula.errors import UserError
 from alula.methods.base import METHODS, Arm, Method, Stage, plain_logits
 from alula.objectives.balance import load_balance_loss
@@ -34,6 +34,7 @@ class MoME(Method):
         connector: the connectors train; False leaves them frozen.
         connector_learning_rate: their peak rate; None: the adapters'.
         load_balance: weight (0 or more) of the load-balance loss of every router in stage 2: the variant +LB. 0 as published.
+        tokenizer: the model's own, which a sentence encoder (``instruction: minilm``) needs; a run gives it.
         options: how the adapters sit in the model (`AdapterConfig`: num_experts, router, gumbel ...).
 
     Source: Shen et al. 2024, "MoME" (NeurIPS 2024, https://arxiv.org/abs/2407.12709), section 4; there is no training code. The encoders
@@ -42,6 +43,8 @@ class MoME(Method):
     Raises:
         UserError: options that `attach_adapters` refuses, or numbers out of range.
     """
+
+    further_options = AdapterConfig
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class MoME(Method):
         connector: bool = True,
         connector_learning_rate: float | None = None,
         load_balance: float = 0.0,
+        tokenizer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(model, settings=settings)
@@ -62,16 +66,15 @@ class MoME(Method):
             )
         with torch.random.fork_rng(devices=[]):  # the first values follow from the seed alone
             torch.default_generator.manual_seed(settings.seed)
-            self.adapters: Adapters = attach_adapters(model, **options)
+            self.adapters: Adapters = attach_adapters(model, tokenizer=tokenizer, **options)
         self.single_ratio, self.connector, self.connector_rate = single_ratio, connector, connector_learning_rate
         self.load_balance = float(load_balance)
         self._stage, self._first = MIXTURE, ""
         self._choices: list[tuple[Choice, Bool[Tensor, "batch tokens"]]] = []
 
-    def arrange(self, stream: Stream) -> Stream:
+    def begin_task(self, model: nn.Module, task: Task) -> None:
         """Notes the first task, the only one with a stage 1."""
-        self._first = stream.tasks[0].name
-        return stream
+        self._first = self._first or task.name
 
     def stages(self, task: Task) -> tuple[Stage, ...]:
         """One adapter, then all of them."""
@@ -125,6 +128,11 @@ class MoME(Method):
     def arms(self) -> tuple[Arm, ...]:
         """By the routers; the instruction is read from the prompt alone, also where answers are ranked."""
         return (Arm(name="default", enter=lambda task: contextlib.nullcontext(), around=self.adapters.on_prompts),)
+
+    def trained_with(self, model: nn.Module) -> dict[str, Tensor]:
+        """What was trained besides adapters and routers: the connectors. `save_adapters` takes it."""
+        own = self.adapters.parameters()
+        return {name: tensor for name, tensor in self.stored_tensors(model).items() if name not in own}
 
     def base_model(self, model: nn.Module) -> AbstractContextManager[None]:
         """No adapter speaks.

@@ -23,8 +23,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from alula.errors import UserError
+from alula.models.composed_body import ComposedBody
 from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
+from alula.models.image_cache import ImageCache
+from alula.models.logits import keeping
 from alula.models.vision_mixture import VisionMixture
 from alula.models.vision_parts import WITH_OWN_START, build_vision, start_afresh
 
@@ -76,6 +79,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
     config_class = ComposedConfig
     config: ComposedConfig
     input_modalities = ["image", "text"]  # noqa: RUF012 - the type Transformers declares
+    image_cache: ImageCache | None = None
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # a promise about this class only: the backbone checks its own when it is built
     _supports_flash_attn = True
@@ -95,6 +99,11 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, WITH_OWN_START):  # comes after its children, so it has the last word
             module.reset_parameters()
+
+    @property
+    def base_model(self) -> ComposedBody:
+        """The model without its LM head; trainers that compute the loss in pieces (TRL) call it."""
+        return ComposedBody(self)
 
     def get_decoder(self) -> nn.Module:
         """The backbone's stack, the module that has `.layers`."""
@@ -132,10 +141,12 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
             UserError: the instruction is missing, or there is not one for each image.
         """
         images, views = len(pixel_values), pixel_values.shape[1] if pixel_values.dim() == 5 else 1
-        features = self.vision_tower(pixel_values.reshape(-1, *pixel_values.shape[-3:]).to(self.dtype))
+        pixels = pixel_values.reshape(-1, *pixel_values.shape[-3:]).to(self.dtype)
+        features = self.vision_tower(pixels) if self.image_cache is None else self.image_cache(self.vision_tower, pixels)
         if not isinstance(self.connector, VisionMixture):
             tokens = self.connector(features)
-            return ComposedFeatures(last_hidden_state=features, pooler_output=tokens.unflatten(0, (images, views)).flatten(1, 2))
+            placed = tokens.unflatten(0, (images, views)).flatten(1, 2)
+            return ComposedFeatures(last_hidden_state=features, pooler_output=placed)  # type: ignore[arg-type]
         instruction = None if instruction_embedding is None else instruction_embedding.repeat_interleave(views, 0)
         mixed = self.connector(features, instruction)
         return ComposedFeatures(
@@ -196,6 +207,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "batch tokens"] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         instruction_embedding: Float[Tensor, "images width"] | None = None,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs,
     ) -> ComposedOutput | tuple:
@@ -208,25 +220,14 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
                 encode once.
             instruction_embedding: as `get_image_features` takes it; decoding needs none, because images are encoded before.
             labels: -100 where the loss does not look; not shifted.
+            logits_to_keep: for how many of the last tokens (0: all) there are logits, where the backbone can leave others out.
 
         Raises:
             UserError: images and placeholders do not match, or not exactly one of `input_ids`, `inputs_embeds` came.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("Exactly one of input_ids and inputs_embeds is wanted. Drop the other, or give one of them.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, instruction_embedding)
-        images = None if encoded is None else encoded.pooler_output
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if images is not None or (is_prefill and input_ids is not None):
-            placeholders = self._placeholders(input_ids, inputs_embeds)
-            none = inputs_embeds.new_zeros(0, self.config.image_seq_length, inputs_embeds.shape[-1])
-            inputs_embeds = self.place_images(inputs_embeds, none if images is None else images, placeholders=placeholders)
-        if images is None and self._needs_idle_images():
-            inputs_embeds = inputs_embeds + self._idle_images().to(inputs_embeds)
+        inputs_embeds, encoded = self.read_inputs(
+            input_ids, inputs_embeds, pixel_values, instruction_embedding, past_key_values=past_key_values, encoded=mm_encoder_outputs
+        )
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -234,13 +235,42 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             labels=labels,
             return_dict=True,
+            **keeping(self.language_model, logits_to_keep),
             **kwargs,
         )
-        weights, importance = (getattr(encoded, name, None) for name in ("encoder_weights", "encoder_importance"))
+        images, weights, importance = (getattr(encoded, name, None) for name in ("pooler_output", "encoder_weights", "encoder_importance"))
         result = ComposedOutput(image_hidden_states=images, encoder_weights=weights, encoder_importance=importance)
         for name, value in output.items():  # some backbones know more, such as the router's scores of an MoE
             result[name] = value
         return result if return_dict is not False else result.to_tuple()
+
+    def read_inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pixel_values: Tensor | None,
+        instruction_embedding: Tensor | None,
+        *,
+        past_key_values: Cache | None,
+        encoded: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], BaseModelOutputWithPooling | None]:
+        """The embeddings that the backbone reads, images in their places, and what the images were encoded to; see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("Exactly one of input_ids and inputs_embeds is wanted. Drop the other, or give one of them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        found = (encoded or {}).get("image")
+        if found is None and pixel_values is not None:
+            found = self.get_image_features(pixel_values, instruction_embedding)
+        images = None if found is None else found.pooler_output
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if images is not None or (is_prefill and input_ids is not None):
+            placeholders = self._placeholders(input_ids, inputs_embeds)
+            none = inputs_embeds.new_zeros(0, self.config.image_seq_length, inputs_embeds.shape[-1])
+            inputs_embeds = self.place_images(inputs_embeds, none if images is None else images, placeholders=placeholders)
+        if images is None and self._needs_idle_images():
+            inputs_embeds = inputs_embeds + self._idle_images().to(inputs_embeds)
+        return inputs_embeds, found
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         if input_ids is not None:
