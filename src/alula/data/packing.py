@@ -37,7 +37,7 @@ def fill(lengths: Sequence[int], *, size: int) -> list[list[int]]:
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > size:
-            raise UserError(f"A sample has {lengths[index]} tokens, a row {size}. Samples are never cut: raise max_length or drop it.")
+            raise UserError(f"A sample has {lengths[index]} tokens, a row {size}. Samples are never cut: make rows longer or drop it.")
         place = next((place for place, left in enumerate(room) if left >= lengths[index]), len(rows))
         if place == len(rows):
             rows.append([])

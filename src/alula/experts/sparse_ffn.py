@@ -128,6 +128,11 @@ class SparseFFN(nn.Module):
         return choose_experts(scores, top_k=self.top_k, capacity=self.capacity if self.training else None)
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Whether the model has sparse feed-forward networks."""
+    return any(isinstance(module, SparseFFN) for module in model.modules())
+
+
 class ScoreLog:
     """The scores of every sparse network of a model in its latest forward with gradients (or any, if asked), by path.
 

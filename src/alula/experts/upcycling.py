@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from alula.errors import UserError, nearest
 from alula.experts.sparse_ffn import SparseFFN, logged_scores
 from alula.models.anatomy import anatomy
+from alula.models.loading import CHANGED_CLASSES
 
 CONFIG = "alula_sparse_ffn"
 """The attribute of a model's configuration that says how it was upcycled."""
@@ -33,7 +34,7 @@ def upcycle(
 ) -> list[str]:
     """Turns the feed-forward network of every so many decoder layers into a sparse one, in place; gives their paths.
 
-    The model's configuration remembers it: `save_pretrained` writes what `load_upcycled` reads.
+    The model's configuration remembers it: `save_pretrained` writes what `load_model` and `load_upcycled` read.
 
     Args:
         experts: networks in each such layer (1 or more).
@@ -103,7 +104,7 @@ def _renew(network: nn.Module, spread: float) -> None:
 
 
 def load_upcycled(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model that `upcycle` changed and `save_pretrained` wrote, in eval mode.
+    """The model that `upcycle` changed and `save_pretrained` wrote, in eval mode; one of text alone too.
 
     Args:
         folder: or the name of a hub repository.
@@ -116,19 +117,29 @@ def load_upcycled(folder: str | Path, **options: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' is no model folder: {str(error).splitlines()[0]} Give one that save_pretrained wrote.") from error
-    asked = getattr(config, CONFIG, None)
-    if asked is None:
+    if getattr(config, CONFIG, None) is None:
         raise UserError(f"The model in '{folder}' was not upcycled. Load it with load_model, or call upcycle on it and save it.")
-    return upcycled_class(_class_of(config), asked).from_pretrained(folder, **options).eval()
+    try:
+        kind = class_that_sees(config)
+    except ValueError:
+        kind = _upcycled(AutoModelForCausalLM, config)
+    return kind.from_pretrained(folder, **options).eval()
 
 
-def _class_of(config: Any) -> type[PreTrainedModel]:
-    """The class of the dense model, found without its weights."""
+@CHANGED_CLASSES.register(CONFIG)
+def class_that_sees(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that loads an upcycled vision-language model.
+
+    Raises:
+        ValueError: the configuration is not of one.
+    """
+    return _upcycled(AutoModelForImageTextToText, config)
+
+
+def _upcycled(kind: Any, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The upcycled form of the class that `kind` finds for the dense model, without its weights."""
     with torch.device("meta"):
-        try:
-            return type(AutoModelForImageTextToText.from_config(config))
-        except ValueError:  # not one that sees
-            return type(AutoModelForCausalLM.from_config(config))
+        return upcycled_class(type(kind.from_config(config)), getattr(config, CONFIG))
 
 
 def upcycled_class(dense: type[PreTrainedModel], asked: Mapping[str, Any]) -> type[PreTrainedModel]:

@@ -10,16 +10,21 @@ from alula.methods.base import METHODS, Method, Stage
 from alula.models.anatomy import anatomy
 from alula.training.settings import TrainSettings
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class FullDecoder(Method):
-    """Every parameter of the decoder trains; encoder and a head of its own stay frozen, the connector unless asked.
+    """Every parameter of the decoder trains; a head of its own stays frozen, connector and encoder unless asked.
 
     Args:
         connector: the connector trains too, as in stage 2 of LLaVA (arXiv 2304.08485, sec. 4.2).
         connector_learning_rate: its peak rate (above 0); None: the decoder's, ``train.learning_rate``.
+        encoder: every encoder trains too, as in MM1 (arXiv 2403.09611), where nothing is frozen. Its batch norms stay as they are:
+            statistics of a few images would spoil them.
+        encoder_learning_rate: as `connector_learning_rate`.
 
     Raises:
-        UserError: the model has no connector, or a rate came for one that does not train.
+        UserError: the model has no such part, or a rate came for one that does not train.
     """
 
     def __init__(
@@ -29,31 +34,47 @@ class FullDecoder(Method):
         settings: TrainSettings,
         connector: bool = False,
         connector_learning_rate: float | None = None,
+        encoder: bool = False,
+        encoder_learning_rate: float | None = None,
     ) -> None:
         super().__init__(model, settings=settings)
-        roots = anatomy(model).connector
-        if connector and not roots:
-            raise UserError(f"connector: true came, but {type(model).__name__} has no connector that is known. Leave the option out.")
-        self.training_parts = ("decoder", "connector") if connector else ("decoder",)
+        parts = anatomy(model)
+        asked = {"connector": (connector, connector_learning_rate), "encoder": (encoder, encoder_learning_rate)}
+        self.training_parts = ("decoder", *(part for part, (trains, _) in asked.items() if trains))
         self.rates: dict[str, float] = {}
-        if connector_learning_rate is not None:
-            rate = float(connector_learning_rate)  # YAML reads 1e-5 as text
-            if not connector or rate <= 0:
-                raise UserError(
-                    f"connector_learning_rate: {rate} came with connector: {str(connector).lower()}. A rate above "
-                    "0 is accepted, for a connector that trains. Correct the rate, or set connector: true."
-                )
-            self.rates = dict.fromkeys(roots, rate)
+        for part, (trains, rate) in asked.items():
+            roots = getattr(parts, part)
+            if trains and not roots:
+                raise UserError(f"{part}: true came, but {type(model).__name__} has no {part} that is known. Leave the option out.")
+            if rate is not None:
+                self.rates |= dict.fromkeys(roots, _checked(part, rate, trains=trains))
+        if encoder_learning_rate is not None:  # of paths inside each other the innermost counts: Qwen's merger is in its encoder
+            inner = [root for root in parts.connector if any(root.startswith(f"{outer}.") for outer in parts.encoder)]
+            self.rates = dict.fromkeys(inner, self.settings.rate) | self.rates
 
     def stages(self, task: Task) -> tuple[Stage, ...]:
-        """One stage; the connector may have a rate of its own."""
+        """One stage; connector and encoder may have rates of their own."""
         return tuple(replace(stage, rates=self.rates) for stage in super().stages(task))
 
     def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:
-        """Freezes all but the decoder and, if asked, the connector."""
+        """Freezes all but the decoder and, if asked, the connector and the encoders."""
         parts = anatomy(model)
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(parts.part_of(path) in self.training_parts)
+        for path, module in model.named_modules():
+            if isinstance(module, BATCH_NORMS) and parts.part_of(path) == "encoder":
+                module.requires_grad_(False)  # and so in evaluation mode while the rest trains
+
+
+def _checked(part: str, rate: float | str, *, trains: bool) -> float:
+    """The peak rate of a part; YAML reads 1e-5 as text."""
+    found = float(rate)
+    if not trains or found <= 0:
+        raise UserError(
+            f"{part}_learning_rate: {found} came with {part}: {str(trains).lower()}. A rate above "
+            f"0 is accepted, for {'an' if part == 'encoder' else 'a'} {part} that trains. Correct the rate, or set {part}: true."
+        )
+    return found
 
 
 @METHODS.register("finetune_full")

@@ -3,16 +3,25 @@
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from alula.errors import UserError, nearest
+from alula.errors import UserError, install_extra, nearest
 from alula.models.anatomy import base_model, walk
 from alula.models.processors import first_line, load_processor
+from alula.registry import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -20,6 +29,10 @@ FOUR_BIT = "4bit"
 EMBEDDED = "smol"
 # 64 kB of each tensor as float32: a hash of a 2B model in about a second.
 SAMPLED_VALUES = 16_384
+CHANGED = "alula_"
+"""How an attribute of a configuration begins that tells of a model whose modules alula changed before it was saved."""
+CHANGED_CLASSES: Registry[Callable[[PreTrainedConfig], type[PreTrainedModel]]] = Registry("change of a model")
+"""By such an attribute, what finds the class with the changed modules. Rooms that change models enter theirs."""
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
@@ -37,7 +50,8 @@ def load_model(
         attention: sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention.
 
     Raises:
-        UserError: an unknown dtype, device or attention; nothing there; no vision-language model; a missing package.
+        UserError: an unknown dtype, device or attention; nothing there; no vision-language model; a missing package; a model
+            that was changed by a part of alula that is not imported.
     """
     if dtype not in ("auto", *DTYPES, FOUR_BIT):
         raise UserError(f"Unknown dtype '{dtype}'. {nearest(dtype, ('auto', *DTYPES, FOUR_BIT))}")
@@ -52,7 +66,9 @@ def load_model(
 
         name = str(prepare_smol())
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen, attn_implementation=attention, **quantized)
+        model = _class_for(name).from_pretrained(name, dtype=chosen, attn_implementation=attention, **quantized)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(name, error) from error
     if quantized:
@@ -61,10 +77,26 @@ def load_model(
     return placed.eval(), load_processor(name)
 
 
+def changes_of(config: PreTrainedConfig) -> list[str]:
+    """The attributes of a configuration that tell how alula changed the model's modules."""
+    return [name for name in vars(config) if name.startswith(CHANGED)]
+
+
+def _class_for(name: str) -> Any:
+    """What loads the model of that name: Transformers' own, or the class of its changed form."""
+    config = AutoConfig.from_pretrained(name)
+    changes = changes_of(config)
+    if not changes:
+        return AutoModelForImageTextToText
+    if changes[0] not in CHANGED_CLASSES:
+        raise UserError(f"'{name}' was changed by alula ({changes[0]}), and what loads that is not imported. Write: import alula.experts")
+    return CHANGED_CLASSES[changes[0]](config)
+
+
 def _four_bit(place: torch.device, compute: torch.dtype | str) -> dict[str, Any]:
     """The keywords by which Transformers loads a model in four bits, straight to its device."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("dtype 4bit came, but bitsandbytes is not installed. Install it: pip install 'alula[quantization]'")
+        raise UserError(f"dtype 4bit came, but bitsandbytes is not installed. {install_extra('quantization')}")
     options = {} if isinstance(compute, str) else {"bnb_4bit_compute_dtype": compute}
     chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
     return {"quantization_config": chosen, "device_map": {"": place}}

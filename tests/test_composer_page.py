@@ -1,0 +1,77 @@
+"""What docs/composer.md, docs/few_shot.md and the decoder part of docs/pretraining.md claim: their code runs, on tiny models."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alula.config import check_recipe
+from alula.models import load_model
+from alula.running.cells import check_methods
+from alula.running.grid import read_grid
+from test_composed_parts import BACKBONE, SPECIAL, bytes_tokenizer
+from test_docs import ROOT, blocks, shortened
+from tiny_runs import save_tiny
+
+DOCS = ROOT / "docs"
+WIDTH = {"hidden_size": 48}  # the page's deformable connector has three heads
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A working folder with a tiny causal LM and a tiny vision-language model."""
+    LlamaForCausalLM(LlamaConfig(**BACKBONE | WIDTH)).save_pretrained(tmp_path / "lm")
+    bytes_tokenizer(SPECIAL[:3]).save_pretrained(tmp_path / "lm")
+    save_tiny(tmp_path / "vlm")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def on_tiny_models(code):
+    return shortened(code).replace('compose("smol"', 'compose("lm"').replace('load_model("smol")', 'load_model("vlm")')
+
+
+def run(code, space, *, name):
+    exec(compile(on_tiny_models(code), name, "exec"), space)
+    return space
+
+
+def test_the_composers_python_runs_from_top_to_bottom(desk):
+    space: dict = {}
+    for number, code in enumerate(blocks(DOCS / "composer.md", "python"), start=1):
+        run(code, space, name=f"composer.md, block {number}")
+        if number == 2:
+            trained = {name.partition(".")[0] for name, value in space["model"].named_parameters() if value.requires_grad}
+            assert trained == {"vision_tower", "connector"} and len(space["new"]) > 0
+    assert (desk / "my-adapters" / "adapters.json").exists()
+    assert type(load_model("my-vlm", device="cpu")[0]).__name__ == "ComposedVLM"
+
+
+def test_the_composers_recipes_and_grid_are_read(desk):
+    text = [
+        block.replace("weights: smol", "image_size: 128").replace("backbone: smol", "backbone: lm")
+        for block in blocks(DOCS / "composer.md", "yaml")
+    ]
+    grids = [block for block in text if yaml.safe_load(block).get("grid")]
+    for block in text:
+        if block not in grids:
+            check_methods(check_recipe({"tasks": ["digits"], "methods": ["finetune_full"], **yaml.safe_load(block)}))
+    assert len(grids) == 1
+    (desk / "grid.yaml").write_text(re.sub(r"image_size: 128, image_size: 192", "image_size: 192", grids[0]))
+    assert len(read_grid("grid.yaml").points) == 4
+
+
+def test_the_few_shot_pages_python_runs(desk, capsys):
+    (code,) = blocks(DOCS / "few_shot.md", "python")
+    space = run(code, {}, name="few_shot.md")
+    assert "4 for 8" in capsys.readouterr().out
+    assert len(space["predictions"]) == 8
+
+
+def test_the_decoder_part_of_the_pretraining_page_runs(desk):
+    code = next(block for block in blocks(DOCS / "pretraining.md", "python") if "upcycle(model" in block)
+    space = run(code, {"model": load_model("vlm", device="cpu")[0]}, name="pretraining.md")
+    with torch.no_grad():
+        assert space["model"](input_ids=torch.arange(5)[None] + 40).logits.isfinite().all()
