@@ -3,13 +3,15 @@
 The bare loop takes the same batches through the same model (LoRA by `attach`) and nothing else: no clipping, no gradient
 norm, no log, no schedule. The trainer does all that a user's run does, losses.jsonl included. A step lasts from the start of
 one forward to the start of the next, so that all that happens between two forwards counts; what is done once a task
-(optimizer, checkpoint) does not. Both take turns within each repeat, and the losses must be equal, bit for bit. The bare
-loop runs twice per repeat: its ratio to itself is what this machine's noise alone does.
+(optimizer, checkpoint) does not. Both take turns within each repeat. The losses must agree to one part in 100,000: the trainer
+leaves out the logits that no target needs, which a bare loop has all of, and matrix products of other sizes round otherwise. The
+bare loop runs twice per repeat: its ratio to itself is what this machine's noise alone does.
 
     python benchmarks/trainer.py --out docs/trainer_speed.json
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -32,6 +34,7 @@ from alula.training.trainable import set_modes, trainable
 
 FORMS = ("bare", "trainer", "bare_again")
 LIMIT = 1.05
+TOLERANCE = 1e-5
 Batch = dict[str, Tensor]
 Collate = Callable[[list[Sample]], Batch]
 Found = tuple[dict[str, list[float]], list[float]]
@@ -127,7 +130,9 @@ def compare(options: argparse.Namespace, *, with_loading: bool) -> dict[str, Any
                 lengths[form], losses[form] = run_trainer(options, settings, task, collate)
             else:
                 lengths[form], losses[form] = run_bare(options, settings, chosen, collate)
-        assert losses["trainer"] == losses["bare"] == losses["bare_again"], f"losses differ: {losses}"
+        assert losses["bare"] == losses["bare_again"], f"the bare loop differs from itself: {losses}"
+        agree = (math.isclose(one, two, rel_tol=TOLERANCE) for one, two in zip(losses["trainer"], losses["bare"], strict=True))
+        assert all(agree), f"losses differ: {losses}"
         for form, found in ratios.items():
             for kind, kept in found.items():
                 kept.append(statistics.median(lengths[form][kind]) / statistics.median(lengths["bare"][kind]))
@@ -170,7 +175,7 @@ def main() -> None:
     rows = [compare(options, with_loading=with_loading) for with_loading in (False, True)]
     print(table(rows))
     worst = max(row["trainer"][kind]["median"] for row in rows for kind in ("wall", "cpu"))
-    print(f"Largest ratio {worst:.3f}; at most {LIMIT} is wanted. Losses equal bit for bit.")
+    print(f"Largest ratio {worst:.3f}; at most {LIMIT} is wanted. Losses agree to {TOLERANCE:g}.")
     if options.out:
         sizes = {key: value for key, value in vars(options).items() if key != "out"}
         write_json(options.out, {"rows": rows, "limit": LIMIT, **sizes, "torch": torch.__version__})

@@ -92,12 +92,14 @@ def test_precision_is_part_of_the_key(pixels, tmp_path):
 
 def test_the_folder_stays_within_its_bound(pixels, tmp_path, caplog):
     model = frozen()
-    size = 600e-9 + model.get_image_features(pixels).last_hidden_state.nbytes / 3e9
-    cache = cache_images(model, tmp_path, gigabytes=size)
+    ImageCache(tmp_path / "one")(model.vision_tower, pixels[:1])
+    (file,) = (tmp_path / "one").rglob("*.safetensors")
+    cache = cache_images(model, tmp_path / "few", gigabytes=1.2e-9 * file.stat().st_size)
     assert torch.equal(model.get_image_features(pixels).last_hidden_state, model.get_image_features(pixels).last_hidden_state)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1 and (cache.hits, cache.misses) == (1, 5)
+    assert len(list((tmp_path / "few").rglob("*.safetensors"))) == 1 and (cache.hits, cache.misses) == (1, 5)
     assert caplog.text.count("is full") == 1
-    assert ImageCache(tmp_path, gigabytes=0.0)(model.vision_tower, pixels[:1]).equal(cache(model.vision_tower, pixels[:1]))
+    full = ImageCache(tmp_path / "few", gigabytes=0.0)  # what is in it is still read
+    assert torch.equal(full(model.vision_tower, pixels), cache(model.vision_tower, pixels)) and full.hits == 1
 
 
 def test_an_encoder_that_trains_is_refused(pixels, tmp_path):

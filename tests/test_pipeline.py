@@ -1,5 +1,7 @@
 """What is not arithmetic: batches are made ahead, scores only where they are read, frozen encoders asked once; nothing else changes."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +17,7 @@ from alula.methods import METHODS
 from alula.methods.base import plain_logits
 from alula.models.logits import keeping
 from alula.objectives import at_targets, columns_needed, distillation_loss, next_token_loss, soft_target_loss
-from alula.training.order import Steps
+from alula.training.order import Steps, reseed
 from resume_worker import pictures
 from zoo import BUILDERS, NO_TEXT_ONLY, build
 
@@ -127,10 +129,9 @@ def test_without_a_target_every_column_is_kept():
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "florence2"])
 def test_a_model_that_leaves_logits_out_gives_the_others_as_before(name):
     model, processor = build(name)
-    asked = ["what?", "how many red circles are there?"]
-    rows = [
-        Sample.ask(text, "red", images=() if i and name not in NO_TEXT_ONLY else pictures("p", 1)[0].images) for i, text in enumerate(asked)
-    ]
+    shown = pictures("p", 1)[0].images
+    asked = {"what?": shown, "how many red circles are there?": shown if name in NO_TEXT_ONLY else ()}
+    rows = [Sample.ask(text, "red", images=images) for text, images in asked.items()]
     if processor.chat_template is None:
         pytest.skip("no conversation can be written for it")
     batch = Collator(processor)(rows)
@@ -172,3 +173,15 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     assert [row.output for row in found] == ["", "", ""]
     assert calls == [1], "one forward for all rows, with one column of logits"
     assert isinstance(model, GenerationMixin)
+
+
+def test_reading_a_built_in_task_imports_no_pandas():
+    code = "import sys\nfrom alula.data.tasks.asset_table import read_table\nassert read_table('capital')\nprint('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"]
+
+
+def test_a_step_is_seeded_as_torch_seeds_everything():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    reseed(7, device=torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)

@@ -1,16 +1,19 @@
 """One task, one model, one prediction for each test sample. It knows no method and writes no file."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Required, TypedDict
 
 import torch
 from torch import nn
 
+from alula.data.ahead import made_ahead
 from alula.data.sample import Sample
 from alula.data.stream import Task
-from alula.evaluation.generation import Around, BatchMaker, generate_answers, untouched
+from alula.evaluation.generation import Around, Batch, BatchMaker, generate_answers, untouched
 from alula.evaluation.prose import measure_prose
-from alula.evaluation.ranking import check_options, rank_options
+from alula.evaluation.ranking import check_options, option_rows, rank_options
 from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, prompt_text
 from alula.training.processes import Team
 from alula.training.sharding import is_sharded
@@ -45,7 +48,8 @@ def evaluate_task(
 ) -> list[Prediction]:
     """The prediction for each test sample of `task`, in the order of `task.test`.
 
-    Samples run sorted by length, longest first: little padding, and what does not fit fails at once.
+    Samples run sorted by length, longest first: little padding, and what does not fit fails at once. A thread makes the next
+    batches meanwhile.
 
     Args:
         batch_size: rows in one forward; a ranked sample has one row for each of its options.
@@ -62,18 +66,21 @@ def evaluate_task(
         UserError: a ranked sample without options, or whose answer is none of them.
     """
     samples = list(task.test)[:limit]
-    answer = _answerer(task, samples, model, collator, device=_device(model, device), around=around or untouched)
+    make, answer = _answerer(task, samples, model, collator, device=_device(model, device), around=around or untouched)
     predictions: dict[int, Prediction] = {}
     was_training = model.training
     model.eval()
     try:
         batches = list(_batches(samples, batch_size, is_ranked=task.scoring == "ranked"))
         shares_batches = team is not None and not is_sharded(model)
-        for batch in batches[team.index :: team.count] if team and shares_batches else batches:
-            for index, found in zip(batch, answer([samples[index] for index in batch]), strict=True):
-                predictions[index] = _prediction(task, samples[index], found, method=method, seed=seed)
-            if progress is not None:
-                progress(len(predictions), len(samples))
+        own = batches[team.index :: team.count] if team and shares_batches else batches
+        chosen = [[samples[index] for index in batch] for batch in own]
+        with contextlib.closing(made_ahead(make, chosen)) as made:
+            for batch, rows, inputs in zip(own, chosen, made, strict=True):
+                for index, found in zip(batch, answer(rows, inputs), strict=True):
+                    predictions[index] = _prediction(task, samples[index], found, method=method, seed=seed)
+                if progress is not None:
+                    progress(len(predictions), len(samples))
     finally:
         model.train(was_training)
     for found_there in team.gather(predictions) if team and shares_batches else ():
@@ -114,30 +121,30 @@ def _answerer(
     *,
     device: torch.device,
     around: Around,
-) -> Callable[[Sequence[Sample]], list[Answer]]:
-    """What turns a batch of samples into answers, by the task's scoring."""
+) -> tuple[Callable[[Sequence[Sample]], Batch], Callable[[Sequence[Sample], Batch], list[Answer]]]:
+    """What turns samples into tensors, and both into answers, by the task's scoring."""
     if task.scoring == "ranked":
         check_options(samples)
 
-        def rank(batch: Sequence[Sample]) -> list[Answer]:
-            ranked = rank_options(model, collator, batch, device=device, around=around)
-            return [_ranked(sample, values) for sample, values in zip(batch, ranked, strict=True)]
+        def rank(rows: Sequence[Sample], batch: Batch) -> list[Answer]:
+            ranked = rank_options(model, collator, rows, device=device, around=around, rows=batch)
+            return [_ranked(sample, values) for sample, values in zip(rows, ranked, strict=True)]
 
-        return rank
+        return partial(option_rows, collator), rank
     if task.scoring == "bits_per_byte":
 
-        def measure(batch: Sequence[Sample]) -> list[Answer]:
-            measured = measure_prose(model, collator, batch, device=device, around=around)
+        def measure(rows: Sequence[Sample], batch: Batch) -> list[Answer]:
+            measured = measure_prose(model, collator, rows, device=device, around=around, batch=batch)
             return [{"output": "", "score": bits / size, "loss_bits": bits, "bytes": size} for bits, size in measured]
 
-        return measure
+        return collator, measure
     known = closed_answers(task)
 
-    def generate(batch: Sequence[Sample]) -> list[Answer]:
-        said = generate_answers(model, collator, batch, max_new_tokens=task.max_new_tokens, device=device, around=around)
-        return [_generated(sample, text, ended, known) for sample, (text, ended) in zip(batch, said, strict=True)]
+    def generate(rows: Sequence[Sample], batch: Batch) -> list[Answer]:
+        said = generate_answers(model, collator, rows, max_new_tokens=task.max_new_tokens, device=device, around=around, batch=batch)
+        return [_generated(sample, text, ended, known) for sample, (text, ended) in zip(rows, said, strict=True)]
 
-    return generate
+    return collator.prompts, generate
 
 
 def _ranked(sample: Sample, values: Sequence[float]) -> Answer:

@@ -59,19 +59,24 @@ def generate_answers(
     max_new_tokens: int,
     device: torch.device,
     around: Around = untouched,
+    batch: Batch | None = None,
 ) -> list[tuple[str, bool]]:
     """The greedy answer to each sample, and whether it ended before `max_new_tokens` tokens.
 
+    All rows have ended when the last one has: nothing is generated after that.
+
     Args:
         around: gives a context for the prompts batch, entered around `generate` (to fix routes, to count).
+        batch: what `collator.prompts` made of the samples; None: it is made here.
     """
     tokenizer = getattr(collator.processor, "tokenizer", collator.processor)
-    prompts = on_device(collator.prompts(samples), device)
-    options = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+    prompts = on_device(collator.prompts(samples) if batch is None else batch, device)
+    ends = ending_tokens(model, tokenizer)
+    given = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends) or None}
+    options = {name: value for name, value in given.items() if value is not None}
     generate: Any = model.generate  # every unknown attribute of a module is a Tensor or a module to type checkers
     with around(prompts):
         whole: Int[Tensor, "batch tokens"] = generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, **options)
     answers = whole[:, prompts["input_ids"].shape[1] :]  # prompts are padded on the left: all answers start together
-    ends = ending_tokens(model, tokenizer)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [(text.strip(), not ends.isdisjoint(row)) for text, row in zip(texts, answers.tolist(), strict=True)]

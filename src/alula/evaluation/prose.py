@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alula.data.sample import Sample
-from alula.evaluation.generation import Around, BatchMaker, on_device, untouched
+from alula.evaluation.generation import Around, Batch, BatchMaker, on_device, untouched
 from alula.evaluation.ranking import target_costs
 
 
@@ -23,6 +23,7 @@ def measure_prose(
     *,
     device: torch.device,
     around: Around = untouched,
+    batch: Batch | None = None,
 ) -> list[tuple[float, int]]:
     """Bits of all targets of each sample, and the bytes they stand for.
 
@@ -30,7 +31,10 @@ def measure_prose(
     like the others: its bits count, and it has no bytes. The first token of running text is predicted from nothing: its
     bytes count, it has no bits. Both are the same for every model with that tokenizer.
     Source: The Pile (Gao et al. 2020), section 3.1, arXiv 2101.00027.
+
+    Args:
+        batch: what the collator made of the samples; None: it is made here.
     """
-    costs, _ = target_costs(model, on_device(collator(samples), device), around=around)
+    costs, _ = target_costs(model, on_device(collator(samples) if batch is None else batch, device), around=around)
     bits: torch.Tensor = costs / math.log(2)
     return [(cost, prose_bytes(sample)) for cost, sample in zip(bits.tolist(), samples, strict=True)]

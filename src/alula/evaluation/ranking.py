@@ -10,23 +10,31 @@ from alula.data.sample import Sample
 from alula.errors import UserError
 from alula.evaluation.generation import Around, Batch, BatchMaker, on_device, untouched
 from alula.evaluation.scores import normalise
+from alula.models.logits import keeping
+from alula.objectives.next_token import IGNORED, at_targets, columns_needed
 
 
 @torch.no_grad()
 def target_costs(model: nn.Module, batch: Batch, *, around: Around = untouched) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Nats of the targets (`labels != -100`) of each row, summed, and how many targets the row has.
 
-    The log-softmax is in fp32 and only where a target is: a batch of long prompts costs little more than its answers.
+    Scores are made only from the first target on, where the model can, and the log-softmax (fp32) only where a target is.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
     with around(batch):
-        logits: Float[Tensor, "batch tokens vocab"] = model(**inputs).logits
-    labels = batch["labels"][:, 1:]  # the logits at position t speak of the token at t + 1
-    counted = labels != -100
-    chosen = logits[:, :-1][counted].float().log_softmax(-1).gather(-1, labels[counted][:, None])[:, 0]
+        logits: Float[Tensor, "batch last vocab"] = model(**inputs, **keeping(model, columns_needed(labels))).logits
+    scores, targets = at_targets(logits, labels)
+    chosen = scores.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    counted = labels[:, 1:] != IGNORED
     costs = torch.zeros(len(labels), dtype=torch.float32, device=chosen.device)
     costs.index_add_(0, counted.nonzero()[:, 0], -chosen)
     return costs, counted.sum(-1)
+
+
+def option_rows(collator: BatchMaker, samples: Sequence[Sample]) -> Batch:
+    """One row for each option of each sample."""
+    return collator.continuations(samples, [sample.options for sample in samples])
 
 
 def rank_options(
@@ -36,12 +44,16 @@ def rank_options(
     *,
     device: torch.device,
     around: Around = untouched,
+    rows: Batch | None = None,
 ) -> list[list[float]]:
     """The length-normalised log-likelihood (nats a token) of every option of every sample.
 
+    Args:
+        rows: what `option_rows` made of the samples; None: it is made here.
+
     Source: length normalisation as `acc_norm` in lm-evaluation-harness, by tokens where that divides by bytes.
     """
-    batch = on_device(collator.continuations(samples, [sample.options for sample in samples]), device)
+    batch = on_device(option_rows(collator, samples) if rows is None else rows, device)
     costs, lengths = target_costs(model, batch, around=around)
     flat = iter((-costs / lengths.clamp(min=1)).tolist())
     return [[next(flat) for _ in sample.options] for sample in samples]

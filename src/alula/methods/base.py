@@ -15,10 +15,13 @@ from alula.data.stream import Stream, Task
 from alula.errors import UserError
 from alula.methods.rates import resolve_rate
 from alula.mixture import Mixtures
-from alula.objectives.next_token import next_token_loss
+from alula.models.logits import keeping
+from alula.objectives.next_token import columns_needed, next_token_loss
 from alula.registry import Registry
 
 if TYPE_CHECKING:  # the training room lies below this one; only its settings' type is named here
+    from pydantic import BaseModel
+
     from alula.training.settings import TrainSettings
 
 
@@ -69,9 +72,14 @@ class Stage:
         return self.rates[max(holding, key=len)] if holding else self.learning_rate
 
 
-def plain_logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch tokens vocab"]:
-    """The scores of `model` for `batch`, in one forward without a cache; `labels` are kept from it."""
-    return model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+def plain_logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch last vocab"]:
+    """The scores of `model` for `batch`, in one forward without a cache; `labels` are kept from it.
+
+    They begin at the first column that some row's target needs (see `at_targets`), where the model can leave others out.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    kept = keeping(model, columns_needed(batch["labels"])) if "labels" in batch else {}
+    return model(**inputs, **kept, use_cache=False).logits
 
 
 class Method(ABC):
@@ -88,6 +96,7 @@ class Method(ABC):
 
     Attributes:
         shares_parameters: every task goes on training the same parameters; False: each task has parameters of its own.
+        further_options: the class whose fields its ``**options`` are; None: it takes none.
         can_shard: right also where the base model's weights are spread over processes (`training.sharding`): nothing reads
             or changes their values outside of a forward.
         mixtures: the mixtures that the method works with, if it does.
@@ -95,6 +104,7 @@ class Method(ABC):
     """
 
     shares_parameters: ClassVar[bool] = True
+    further_options: ClassVar["type[BaseModel] | None"] = None
     can_shard: bool = False
     mixtures: Mixtures | None = None
 
@@ -127,8 +137,8 @@ class Method(ABC):
         """The samples a stage of `task` draws from; asked once per stage, after `begin_stage`."""
         return task.train
 
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch tokens vocab"]:
-        """What the model says to `batch` while it learns."""
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch last vocab"]:
+        """What the model says to `batch` while it learns; scores of first tokens that no target needs may be missing (`at_targets`)."""
         return plain_logits(model, batch)
 
     def parts(self, model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:

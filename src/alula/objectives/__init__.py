@@ -2,7 +2,16 @@
 
 from alula.objectives.balance import load_balance_loss, router_z_loss
 from alula.objectives.distillation import distillation_loss
-from alula.objectives.next_token import next_token_loss, num_targets
+from alula.objectives.next_token import at_targets, columns_needed, next_token_loss, num_targets
 from alula.objectives.soft_targets import soft_target_loss
 
-__all__ = ["distillation_loss", "load_balance_loss", "next_token_loss", "num_targets", "router_z_loss", "soft_target_loss"]
+__all__ = [
+    "at_targets",
+    "columns_needed",
+    "distillation_loss",
+    "load_balance_loss",
+    "next_token_loss",
+    "num_targets",
+    "router_z_loss",
+    "soft_target_loss",
+]

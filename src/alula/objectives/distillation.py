@@ -4,12 +4,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from alula.objectives.next_token import IGNORED
+from alula.objectives.next_token import at_targets
 
 
 def distillation_loss(
-    logits: Float[Tensor, "batch tokens vocab"],
-    teacher: Float[Tensor, "batch tokens vocab"],
+    logits: Float[Tensor, "batch last vocab"],
+    teacher: Float[Tensor, "batch last vocab"],
     labels: Int[Tensor, "batch tokens"],
     *,
     temperature: float = 2.0,
@@ -17,6 +17,7 @@ def distillation_loss(
     """The mean over the targets of KL(teacher || student), in nats and in fp32; 0 where both say the same.
 
     Args:
+        logits: as for `at_targets`.
         teacher: the teacher's scores, without gradient.
         labels: only says where the targets are.
         temperature: divides both scores before the softmax (above 0).
@@ -31,7 +32,5 @@ def distillation_loss(
         >>> distillation_loss(logits, logits, torch.tensor([[-100, 2, -100]])).item()
         0.0
     """
-    is_target = labels[:, 1:] != IGNORED
-    student = (logits[:, :-1][is_target].float() / temperature).log_softmax(dim=-1)
-    known = (teacher[:, :-1][is_target].float() / temperature).log_softmax(dim=-1)
+    student, known = ((at_targets(scores, labels)[0] / temperature).log_softmax(dim=-1) for scores in (logits, teacher))
     return functional.kl_div(student, known, reduction="batchmean", log_target=True) * temperature**2

@@ -23,7 +23,7 @@ from alula.methods.base import Method, Stage
 from alula.methods.rates import resolve_rate
 from alula.training.archive import Archive, begin_stage, begin_task, recipe_of
 from alula.training.checkpoint import Checkpoint, Place, load_optimizer, optimizer_tensors
-from alula.training.order import Batch, Collate, Steps, seed_of
+from alula.training.order import Batch, Collate, Steps, reseed, seed_of
 from alula.training.records import Cost, LossLog, TaskLearnt, progress_row
 from alula.training.settings import TrainSettings
 from alula.training.sharding import clip_gradients, is_sharded
@@ -170,9 +170,10 @@ class Trainer:
             load_optimizer(optimizer, parameters, moments)
         data = self._data(task, stage)
         loader = data.loader(range(start.step, stage.steps), num_workers=settings.num_workers)
-        with progress_row(self._progress, f"{task.name}, {stage.name}", start=start.step, steps=stage.steps) as advance:
-            for step, batch in enumerate(loader, start.step):
-                torch.manual_seed(seed_of(settings.seed, task.name, stage.name, step, self.accelerator.process_index))
+        shown = progress_row(self._progress, f"{task.name}, {stage.name}", start=start.step, steps=stage.steps)
+        with loader as batches, shown as advance:
+            for step, batch in enumerate(batches, start.step):
+                reseed(seed_of(settings.seed, task.name, stage.name, step, self.accelerator.process_index), device=self.device)
                 factor = settings.rate_factor(step, steps=stage.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
@@ -228,9 +229,10 @@ class Trainer:
         self.model.eval()
         data = self._data(task, stage)
         steps = min(stage.steps, math.ceil(len(data.samples) / data.batch_size))
-        with progress_row(self._progress, f"{task.name}, {stage.name}", start=0, steps=steps) as advance:
-            for step, batch in enumerate(data.loader(range(steps), num_workers=self.settings.num_workers)):
-                torch.manual_seed(seed_of(self.settings.seed, task.name, stage.name, step))
+        loader = data.loader(range(steps), num_workers=self.settings.num_workers)
+        with loader as batches, progress_row(self._progress, f"{task.name}, {stage.name}", start=0, steps=steps) as advance:
+            for step, batch in enumerate(batches):
+                reseed(seed_of(self.settings.seed, task.name, stage.name, step), device=self.device)
                 for micro_batch in batch:
                     with self._precision():
                         self.method.observe(self.model, send_to_device(micro_batch, self.device))
