@@ -25,7 +25,7 @@ def recommend(
     keep_old_data: Annotated[
         bool, typer.Option("--keep-old-data/--no-old-data", help="Whether samples of earlier tasks may be kept and learnt again.")
     ] = False,
-    memory: Annotated[str | None, typer.Option(help="Memory that training may take: 16GB. Default: any.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory that training may take, one batch included: 16GB. Default: any.")] = None,
     time: Annotated[str | None, typer.Option(help="Time that training may take in full: 90min, 2h. Default: any.")] = None,
     max_base_forgetting: Annotated[float, typer.Option(help="Points of mean score on base tasks that may be lost.", min=0)] = 1.0,
     pilot_size: Annotated[int, typer.Option(help="Samples of each task at most in the pilot.", min=1)] = 64,
@@ -59,8 +59,8 @@ def recommend(
         )  # fmt: skip
     results.print(lines_table(found))
     for line in found.lines:
-        if line.out:
-            results.print(f"{line.name} is out: it {line.out}.", markup=False, soft_wrap=True)
+        if why := line.out or line.unsure:
+            results.print(f"{line.name} is {line.verdict}: it {why}.", markup=False, soft_wrap=True)
     results.print("\n".join(found.sentences), markup=False, soft_wrap=True)
     notes.print(f"The rule: {RULE}", markup=False, soft_wrap=True)
     if found.recipe is None:
@@ -85,7 +85,7 @@ def read_amount(text: str | None, units: dict[str, float], *, option: str, examp
 
 
 def lines_table(found: "Recommendation") -> "Table":
-    """One row per method: what the pilot measured, what the full run would take, and whether it is out."""
+    """One row per method: what the pilot measured, what the full run would take, and whether it fits the limits."""
     from rich.table import Table
 
     from alula.report.format import show, show_bytes, show_interval, show_time
@@ -96,8 +96,8 @@ def lines_table(found: "Recommendation") -> "Table":
     table.add_column("")
     for line in found.lines:
         score = f"{show(100 * line.score)}\n{show_interval(line.score_interval)}\nn = {line.num_samples}" if line.num_samples else "–"
-        lost = f"{show(100 * line.lost)}\n{show_interval(line.lost_interval)}".strip()
-        verdict = "recommended" if line.name == found.chosen else "out" if line.out else "possible"
+        lost = f"{show(100 * line.lost)}\n{show_interval(line.lost_interval)}\nn = {line.num_base}" if line.num_base else "–"
+        verdict = "recommended" if line.name == found.chosen else line.verdict
         cells = (line.name, score, lost, show_time(line.seconds), show_bytes(line.memory), verdict)
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
     return table

@@ -5,21 +5,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from alula.config import MethodChoice
 from alula.evaluation.bootstrap import Interval
-from alula.models import anatomy
 from alula.report.format import show, show_bytes, show_time
 from alula.report.series import Series
+from alula.running.memory import Sizes, estimate_memory
 from alula.training import TrainSettings
 from alula.training.settings import MM1
 
 RULE = (
     "A method is out if it needs data that may not be kept, wants more memory than is allowed, would train for longer in full than "
-    "is allowed, or if the 95 % interval of its base forgetting is not wholly under the limit. Of the others the highest average "
-    "score wins; among those that cannot be told apart from it, the one that trains fastest in full, where times within a quarter of "
-    "each other count as equal and less memory decides."
+    "is allowed, or if the 95 % interval of its base forgetting is wholly above the limit; it is only possible if the limit is inside "
+    "that interval. Of those left the highest average score wins; among those that cannot be told apart from it, one that keeps the "
+    "limit goes before one that is only possible, then the one that trains fastest in full, where times within a quarter of each other "
+    "count as equal and less memory decides."
 )
 SAME_TIME = 1.25
 
@@ -30,13 +29,13 @@ class Candidate:
 
     Attributes:
         needs_old_data: training samples of earlier tasks must be kept.
-        trains_decoder: all of the decoder trains; False: one LoRA expert at a time.
+        rank: of the LoRA expert that trains; None: all of the decoder trains.
         keeps_experts: one expert stays for each task; False: one in all.
     """
 
     choice: MethodChoice
     needs_old_data: bool = False
-    trains_decoder: bool = False
+    rank: int | None = 8
     keeps_experts: bool = False
 
     @property
@@ -63,22 +62,16 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Bytes of a loaded model: all of it, its decoder, and one LoRA expert on every linear of the decoder."""
-
-    model: int
-    decoder: int
-    expert: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Line:
     """What is known of one candidate; scores and forgetting from 0 to 1, NaN where nothing was measured.
 
     Attributes:
         memory: bytes, estimated (see `estimate_memory`).
         seconds: of training in full, extrapolated from the pilot (see `extrapolate_seconds`).
+        num_base: samples of base tasks behind `lost`, as `num_samples` are behind `score`.
         out: why it is not recommended; empty where it may be.
+        unsure: why it may still break the limit on base forgetting; empty where it keeps it.
+        enough: samples of base tasks that would tell; None where nothing is unsure, or no number would.
     """
 
     name: str
@@ -89,52 +82,49 @@ class Line:
     num_samples: int = 0
     lost: float = math.nan
     lost_interval: Interval | None = None
+    num_base: int = 0
     seconds: float = math.nan
+    unsure: str = ""
+    enough: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``out``, ``possible`` or ``fits``."""
+        return "out" if self.out else "possible" if self.unsure else "fits"
 
 
 def candidates(settings: TrainSettings) -> list[Candidate]:
-    """Every method that is considered; full fine-tuning takes a tenth of the rate (see `TrainSettings`)."""
+    """Every method that is considered; training the whole decoder takes a tenth of the rate (see `TrainSettings`).
+
+    Source: ``soft_targets``, ``msgm`` and ``msgm_rehearsal`` are the methods of Srivastava et al. 2025 (arXiv 2410.19925).
+    """
     tenth = {} if settings.learning_rate == MM1 else {"learning_rate": settings.rate / 10}
-    rehearsal = {"name": "finetune", "label": "rehearsal", "with": [{"name": "rehearsal", "options": {"ratio": 0.1}}]}
+    soft, rehearsal = {"name": "soft_targets"}, {"name": "rehearsal", "options": {"ratio": 0.1}}
     return [
-        Candidate(choice=MethodChoice(name="finetune")),
-        Candidate(choice=MethodChoice(name="routed"), keeps_experts=True),
-        Candidate(choice=MethodChoice.model_validate(rehearsal), needs_old_data=True),
-        Candidate(choice=MethodChoice(name="joint"), needs_old_data=True),
-        Candidate(choice=MethodChoice(name="finetune_full", train=tenth), trains_decoder=True),
-        Candidate(choice=MethodChoice(name="joint_full", train=tenth), trains_decoder=True, needs_old_data=True),
+        Candidate(choice=_choice("finetune")),
+        Candidate(choice=_choice("routed"), keeps_experts=True),
+        Candidate(choice=_choice("lora", soft, label="msgm"), rank=32),
+        Candidate(choice=_choice("finetune", rehearsal, label="rehearsal"), needs_old_data=True),
+        Candidate(choice=_choice("lora", soft, rehearsal, label="msgm_rehearsal"), rank=32, needs_old_data=True),
+        Candidate(choice=_choice("joint"), needs_old_data=True),
+        Candidate(choice=_choice("finetune_full", train=tenth), rank=None),
+        Candidate(choice=_choice("finetune_full", soft, label="soft_targets", train=tenth), rank=None),
+        Candidate(choice=_choice("joint_full", train=tenth), rank=None, needs_old_data=True),
     ]
 
 
-def measure_sizes(model: nn.Module, *, rank: int = 8) -> Sizes:
-    """The sizes of a model that is loaded.
-
-    Args:
-        rank: of the expert; its default is that of the methods.
-    """
-    parts = anatomy(model)
-    decoder = sum(_bytes(parameter) for path, parameter in model.named_parameters() if parts.part_of(path) == "decoder")
-    low_rank = sum(rank * (linear.in_features + linear.out_features) for linear in parts.linears(model).values())
-    return Sizes(model=sum(map(_bytes, model.parameters())), decoder=decoder, expert=4 * low_rank)
-
-
-def _bytes(parameter: nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
-
-
-def estimate_memory(candidate: Candidate, sizes: Sizes, *, num_tasks: int) -> int:
-    """Bytes of weights and experts, and of gradients and AdamW's two moments of what trains; activations come on top."""
-    experts = 0 if candidate.trains_decoder else sizes.expert * (num_tasks if candidate.keeps_experts else 1)
-    return sizes.model + experts + 3 * (sizes.decoder if candidate.trains_decoder else sizes.expert)
+def _choice(name: str, *additions: dict[str, Any], label: str | None = None, train: dict[str, Any] | None = None) -> MethodChoice:
+    return MethodChoice.model_validate({"name": name, "label": label, "with": list(additions), "train": train or {}})
 
 
 def constrain(candidate: Candidate, sizes: Sizes, limits: Limits, *, num_tasks: int) -> Line:
     """The candidate's line before anything is measured."""
-    line = Line(name=candidate.name, memory=estimate_memory(candidate, sizes, num_tasks=num_tasks))
+    memory = estimate_memory(sizes, rank=candidate.rank, num_experts=num_tasks if candidate.keeps_experts else 1)
+    line = Line(name=candidate.name, memory=memory)
     if candidate.needs_old_data and not limits.keeps_old_data:
         return replace(line, out="needs data of earlier tasks, which may not be kept")
     if limits.memory is not None and line.memory > limits.memory:
-        wanted = f"{show_bytes(line.memory)} for weights, gradients and AdamW's moments"
+        wanted = f"{show_bytes(line.memory)} for weights, gradients, AdamW's moments and a batch"
         return replace(line, out=f"wants {wanted}, and {show_bytes(limits.memory)} are allowed")
     return line
 
@@ -169,24 +159,42 @@ def measure(line: Line, series: Series | None, *, batch_size: int, factor: float
         num_samples=series.num_samples("average_score"),
         lost=series.spread("base_forgetting").mean,
         lost_interval=series.interval("base_forgetting"),
+        num_base=series.num_samples("base_forgetting"),
         seconds=extrapolate_seconds(series.members[0].cell.cost, batch_size=batch_size, factor=factor),
     )
 
 
 def judge(line: Line, limits: Limits) -> Line:
-    """The line with the reason why it is out, if what was measured gives one."""
+    """The line with the reason why it is out, or why that is not sure, if what was measured gives one."""
     if line.out:
         return line
     if limits.seconds is not None and line.seconds > limits.seconds:
         return replace(line, out=f"would train for {show_time(line.seconds)}, and {show_time(limits.seconds)} are allowed")
     if math.isnan(line.lost):  # no base task, so no limit on them
         return line
-    limit, interval = limits.base_forgetting / 100, line.lost_interval
-    if interval is None or interval.low > limit:
-        return replace(line, out=f"loses {show(100 * line.lost)} points on base tasks, more than {limits.base_forgetting:g}")
+    limit, interval = limits.base_forgetting / 100, line.lost_interval or Interval(low=line.lost, high=line.lost)
+    allowed = f"points on base tasks, and {limits.base_forgetting:g} may be lost"
+    if interval.low > limit:
+        return replace(line, out=f"loses {show(100 * line.lost)} {allowed}")
     if interval.high > limit:
-        return replace(line, out=f"may lose {show(100 * interval.high)} points on base tasks, more than {limits.base_forgetting:g}")
+        enough = samples_to_tell(line.lost, interval, limit=limit, num_samples=line.num_base)
+        tell = f"; about {_two_digits(enough)} of their samples would tell, here were {line.num_base:,}" if enough else ""
+        return replace(line, unsure=f"may lose up to {show(100 * interval.high)} {allowed}{tell}", enough=enough)
     return line
+
+
+def samples_to_tell(value: float, interval: Interval, *, limit: float, num_samples: int) -> int | None:
+    """How many samples that show the same `value` have an interval that leaves `limit` out; None where `value` is the limit.
+
+    An interval narrows with the square root of its samples. Its wider side counts: of few samples the other one may be cut off at zero.
+    """
+    gap, side = abs(limit - value), max(interval.high - value, value - interval.low)
+    return math.ceil(num_samples * (side / gap) ** 2) if gap > 1e-9 else None
+
+
+def _two_digits(number: int) -> str:
+    """More digits would promise too much."""
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def decide(lines: Sequence[Line], *, is_clear: Callable[[str, str], bool]) -> tuple[str | None, list[str]]:
@@ -201,6 +209,7 @@ def decide(lines: Sequence[Line], *, is_clear: Callable[[str, str], bool]) -> tu
         return None, []
     best = max(left, key=lambda line: line.score)
     close = [line for line in left if line is best or not is_clear(best.name, line.name)]
-    fastest = min(line.seconds for line in close)
-    cheap = [line for line in close if line.seconds <= SAME_TIME * fastest]
+    sure = [line for line in close if not line.unsure] or close
+    fastest = min(line.seconds for line in sure)
+    cheap = [line for line in sure if line.seconds <= SAME_TIME * fastest]
     return min(cheap, key=lambda line: (line.memory, line.seconds)).name, [line.name for line in close]

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ from torch import nn
 from alula.data.collate import Collator
 from alula.data.stream import Stream, Task, merge_tasks
 from alula.errors import UserError
+from alula.experts.sparse_ffn import is_sparse
 from alula.files import write_json
-from alula.methods import METHODS, Method, compose
+from alula.methods import METHODS, FinetuneFull, JointFull, Method, compose
+from alula.models.image_cache import cache_images
 from alula.running.attention import FILE as ATTENTION_SHIFT
 from alula.running.attention import keep_attention_shift
 from alula.running.diagnosis import diagnose
+from alula.running.packed import packing_collator
 from alula.running.scorebook import ScoreBook
+from alula.running.shots import ask_with_shots
+from alula.running.sparse import keep_load
 from alula.training import Trainer, TrainSettings
 from alula.training.processes import Team
 from alula.training.sharding import is_sharded
 
 ORDER, DONE, CRASHED = "order.json", "done.json", "crashed.json"
+BALANCE, TRAIN_GATES = "balance", (FinetuneFull, JointFull)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +41,13 @@ class Cell:
 
     Attributes:
         base_folder: where row 0 (the untouched model's predictions) is kept for all cells of the run.
+        pack: tokens of a row in which several samples stand in training; None: one a row.
+        shots: solved examples before each question with which all tasks are scored too; `shots_as`: how they are written.
         attention_shift: test samples of which the attention shift is measured before and after learning.
         tasks: their order; empty: that of the stream.
         joint: train on all tasks at once.
         additions: what is added to the method: names and options, in the order in which they work.
+        image_cache: the folder of features that cells share; None: images are encoded each time.
     """
 
     method: str
@@ -49,6 +59,9 @@ class Cell:
     batch_size: int
     future_tasks: bool = True
     base_every_task: bool = True
+    pack: int | None = None
+    shots: tuple[int, ...] = ()
+    shots_as: str = "chat"
     examples: int = 0
     attention_shift: int = 0
     trackers: tuple[str, ...] = ()
@@ -57,6 +70,7 @@ class Cell:
     tasks: tuple[str, ...] = ()
     joint: bool = False
     additions: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    image_cache: Path | None = None
 
     @property
     def name(self) -> str:
@@ -96,24 +110,28 @@ def run_cell(
         write_json(cell.folder / ORDER, {"tasks": list(cell.tasks)})
     stream = in_order(stream, cell.tasks)
     model, processor = load()
+    if cell.image_cache is not None:
+        cache_images(model, cell.image_cache)
     collator = Collator(processor)
-    book = ScoreBook(cell, stream, model, collator, progress=progress, team=team)
+    asked = ask_with_shots(stream, model, collator, shots=cell.shots, form=cell.shots_as)
+    book = ScoreBook(cell, stream, model, collator, asked=asked, progress=progress, team=team)
     book.score_base()
     with _looking(cell, model, team) as folder:
         if folder is not None:
             keep_attention_shift(model, collator, stream, row=0, arm=None, folder=folder, num_samples=cell.attention_shift)
     method = make_method(cell, model, collator)
+    learning = Stream(tasks=(merge_tasks(stream),), base_tasks=stream.base_tasks) if cell.joint else stream
+    rows = packing_collator(model, collator, learning.tasks[0].train, max_length=cell.pack) if cell.pack else collator
     trainer = Trainer(
         model,
         method,
-        collator,
+        rows,
         settings=cell.settings,
         folder=cell.folder,
         trackers=cell.trackers,
         progress=progress,
         identity=cell.identity,
     )
-    learning = Stream(tasks=(merge_tasks(stream),), base_tasks=stream.base_tasks) if cell.joint else stream
     trainer.track(book.values(0))
     for learnt in trainer.learn(learning):
         book.keep_cost(learnt.cost.row())
@@ -125,6 +143,7 @@ def run_cell(
             row, arm = len(learning.tasks), method.arms()[0]
             keep_attention_shift(model, collator, stream, row=row, arm=arm, folder=folder, num_samples=cell.attention_shift)
             diagnose(method, model, collator, stream, folder=folder, num_examples=cell.examples)
+            keep_load(model, collator, stream, arm, folder=folder)
     if team.is_main:
         write_json(cell.folder / DONE, {"finished": True, "seconds_of_this_process": round(time.time() - started, 1)})
 
@@ -149,17 +168,21 @@ def _looking(cell: Cell, model: nn.Module, team: Team) -> Iterator[Path | None]:
 
 
 def make_method(cell: Cell, model: nn.Module, collator: Collator) -> Method:
-    """The cell's method on `model`, with its additions.
+    """The cell's method on `model`, with its additions; full training of a sparse decoder keeps its experts balanced.
 
     Raises:
         UserError: an unknown method or addition, options it does not take, or an addition that does not fit the method.
     """
     kind = METHODS[cell.method]
+    read = {"tokenizer": collator.tokenizer} if "tokenizer" in signature(kind).parameters else {}
     try:
-        method = kind(model, settings=cell.settings, **cell.options)
+        method = kind(model, settings=cell.settings, **read, **cell.options)
     except TypeError as error:
         raise UserError(f"Method '{cell.method}' cannot be made with {dict(cell.options)}: {error}. Correct its options.") from error
-    return compose(model, method, cell.additions, collator=collator) if cell.additions else method
+    additions = cell.additions
+    if isinstance(method, TRAIN_GATES) and is_sparse(model) and BALANCE not in [name for name, _ in additions]:
+        additions = (*additions, (BALANCE, {}))  # with MM1's weights; one that the recipe names has the recipe's
+    return compose(model, method, additions, collator=collator) if additions else method
 
 
 def in_order(stream: Stream, names: Sequence[str]) -> Stream:

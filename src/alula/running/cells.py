@@ -8,8 +8,10 @@ from pathlib import Path
 from alula.config import MethodChoice, Recipe
 from alula.errors import UserError, nearest
 from alula.files import clear_leftovers, write_json
-from alula.methods import ADDITIONS, METHODS, Method
+from alula.methods import METHODS, Method
 from alula.running.cell import CRASHED, Cell
+from alula.running.options import check_options
+from alula.running.packed import refuse_rows
 from alula.training import TrainSettings
 from alula.training.processes import Team
 
@@ -20,7 +22,8 @@ def list_cells(recipe: Recipe, folder: Path) -> list[Cell]:
     """Every cell, seed by seed and order by order, so that a cut run is balanced.
 
     Raises:
-        UserError: an unknown method or addition, or ``joint: true`` for a method that arranges its stream itself.
+        UserError: an unknown method or addition, options it does not take, or ``joint: true`` for a method that arranges its stream
+            itself.
     """
     check_methods(recipe)
     return [
@@ -52,8 +55,9 @@ def check_methods(recipe: Recipe) -> None:
     """
     for choice in recipe.methods:
         kind = METHODS[choice.name]
-        for addition in choice.additions:
-            ADDITIONS[addition.name]
+        check_options(choice)
+        if {**recipe.train.model_dump(), **choice.train}.get("pack"):
+            refuse_rows(choice.name, kind)
         if choice.joint and kind.arrange is not Method.arrange:
             raise UserError(
                 f"Method '{choice.name}' came with joint: true, but it arranges its stream itself. Take 'joint' out, or use another method."
@@ -62,7 +66,8 @@ def check_methods(recipe: Recipe) -> None:
 
 def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, order: int = 0) -> Cell:
     """The cell of one method, seed and order."""
-    settings = TrainSettings(**{**recipe.train.model_dump(), **choice.train, "seed": seed})
+    training = {**recipe.train.model_dump(), **choice.train, "seed": seed}
+    pack = training.pop("pack", None)
     is_first = seed == recipe.seeds[0] and order == recipe.orders_of(choice)[0]
     suffix = f"-order{order}" if order else ""
     return Cell(
@@ -72,7 +77,8 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, 
         tasks=tuple(recipe.order(order)) if recipe.orders else (),
         joint=choice.joint,
         additions=tuple((addition.name, addition.options) for addition in choice.additions),
-        settings=settings,
+        settings=TrainSettings(**training),
+        pack=pack,
         options=choice.options,
         folder=folder / "cells" / f"{choice.shown}-seed{seed}{suffix}",
         base_folder=base_folder(folder),
@@ -80,16 +86,25 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, 
         future_tasks=recipe.evaluation.future_tasks,
         base_every_task=recipe.evaluation.base_every_task,
         examples=recipe.examples if is_first else 0,
+        shots=tuple(recipe.evaluation.shots),
+        shots_as=recipe.evaluation.shots_as,
         attention_shift=recipe.evaluation.attention_shift,
+        image_cache=image_folder(recipe, folder),
         trackers=tuple(recipe.trackers),
         # label, order and joint are no part of it: the folder and the names of the tasks tell those apart
-        identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}{choice.additions or ''}".encode()).hexdigest(),
+        identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}{choice.additions or ''}{pack or ''}".encode()).hexdigest(),
     )
 
 
 def base_folder(folder: Path) -> Path:
     """Where row 0, the untouched model's predictions, is kept for all cells of a run."""
     return folder / "base"
+
+
+def image_folder(recipe: Recipe, folder: Path) -> Path | None:
+    """Where all cells of a run keep what the image encoder says; None: nowhere."""
+    chosen = recipe.cache_images
+    return chosen if isinstance(chosen, Path) else folder / "images" if chosen else None
 
 
 def has_base(folder: Path, names: Iterable[str]) -> bool:

@@ -1,6 +1,7 @@
 """From what a recipe or a command line names to models, and to tasks with their samples."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_to_score(choice: TaskChoice) -> Task:
 
 def load_stream(recipe: Recipe) -> Stream:
     """The recipe's stream."""
-    base = tuple(load_choice(choice) for choice in recipe.base_tasks)
+    base = tuple(replace(load_choice(choice), is_base=True) for choice in recipe.base_tasks)
     return Stream(tasks=tuple(load_choice(choice) for choice in recipe.tasks), base_tasks=base)
 
 

@@ -18,6 +18,7 @@ from alula.methods.additions.o_lora import SUM
 from alula.methods.routed import ORACLE, UNIFORM
 from alula.mixture import Mixtures
 from alula.routers import GateRouter
+from alula.running.shares import keep_shares
 
 UNROUTED = ("default", ORACLE, UNIFORM, SUM)
 """Arms in which no router decides: there is no routing to look at."""
@@ -86,7 +87,8 @@ def log_weights(mixtures: Mixtures, model: nn.Module, batch: dict[str, Tensor], 
 
 
 def diagnose(method: Method, model: nn.Module, collator: Collator, stream: Stream, *, folder: Path, num_examples: int) -> None:
-    """Writes ``routing.json`` and ``examples.json``; a method without routers has none."""
+    """Writes ``routing.json`` and ``examples.json``, and ``shares.json`` of MoME's mixtures; a method without routers has none."""
+    keep_shares(method, model, collator, stream, folder=folder)
     mixtures = getattr(method, "mixtures", None)
     arms = [arm for arm in method.arms() if arm.name not in UNROUTED]
     if not isinstance(mixtures, Mixtures) or not arms:

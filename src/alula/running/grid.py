@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +14,11 @@ from alula.config import Recipe, check_recipe, read_raw
 from alula.data.checking import check
 from alula.data.choices import Strict
 from alula.errors import UserError, nearest
-from alula.methods import METHODS
 from alula.overrides import put_change
+from alula.report.outcomes import AVERAGE
 from alula.running.cells import check_methods
 from alula.running.choices import check_model
+from alula.running.shots import shot_family, shot_name
 
 KEY = "grid"
 
@@ -35,6 +35,10 @@ class GridChoice(Strict):
 
     expected: list[str] = Field(default_factory=list)
     """Factors in the order in which they are expected to matter: the page says whether they do."""
+
+    outcome: str | None = None
+    """What the page's sentences are about: ``average score``, a task, or ``4shot``, the mean over all tasks with so many examples
+    (see ``evaluation.shots``); None: the average score."""
 
     @field_validator("factors", mode="before")
     @classmethod
@@ -80,6 +84,7 @@ class Grid:
             "design": self.choice.design,
             "factors": {name: list(levels) for name, levels in self.choice.factors.items()},
             "expected": self.choice.expected,
+            "outcome": self.choice.outcome,
             "points": [{"label": point.label, "levels": point.levels} for point in self.points],
         }
 
@@ -99,7 +104,17 @@ def read_grid(path: Path | str, *, changes: Iterable[str] | None = None) -> Grid
         if name not in choice.factors:
             raise UserError(f"{path}: '{KEY}.expected' names an unknown factor '{name}'. {nearest(name, choice.factors)}")
     points = tuple(_point(raw, choice, levels, where=str(path)) for levels in _combinations(choice))
+    for point in points if choice.outcome else ():
+        known = _outcomes(point.recipe)
+        if choice.outcome not in known:
+            raise UserError(f"{path}, point {point.label}: '{KEY}.outcome' is '{choice.outcome}'. {nearest(str(choice.outcome), known)}")
     return Grid(choice=choice, points=points)
+
+
+def _outcomes(recipe: Recipe) -> list[str]:
+    """What the page of a grid of such recipes can be about."""
+    names, shots = [choice.name for choice in (*recipe.tasks, *recipe.base_tasks)], recipe.evaluation.shots
+    return [AVERAGE, *names, *map(shot_family, shots), *(shot_name(name, count) for count in shots for name in names)]
 
 
 def in_folder(level: str) -> str:
@@ -141,9 +156,6 @@ def _point(raw: dict[str, Any], choice: GridChoice, levels: dict[str, str], *, w
     try:
         check_methods(recipe)
         check_model(recipe)
-        signature(METHODS[method.name]).bind(None, settings=None, **method.options)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"{place}: method '{method.name}' cannot be made with {method.options}: {error}. Correct its options.") from error
     return Point(label=label, levels=levels, recipe=recipe)

@@ -17,6 +17,7 @@ from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.errors import UserError, nearest
 from alula.evaluation.evaluate import evaluate_task
+from alula.evaluation.prompts import with_prompt_hashes
 from alula.evaluation.scores import Prediction, score_task
 from alula.experts.lora import check_name
 from alula.files import write_jsonl
@@ -151,6 +152,7 @@ def score(model: Any, collator: Collator, task: Task, seed: int, arm: Arm | None
     arm = arm or Arm(name="default", enter=_as_it_is)
     with arm.enter(task):
         found = evaluate_task(model, collator, task, batch_size=16, seed=seed, around=arm.around, team=team)
+    found = with_prompt_hashes(found, task, collator.processor)
     return score_task(task, found).score, found
 
 
@@ -222,6 +224,7 @@ def score_pool(
             around=opened.mixtures.director.on_prompts if opened.mixtures else None,
             progress=_follow(progress, task, limit=limit),
         )
+        found = with_prompt_hashes(found, task, collator.processor)
         found = finish(task, found) if finish else found
         write_jsonl(out / f"{task.name}.jsonl", [prediction.as_row() for prediction in found])
         rows.append({"task": task.name, **vars(score_task(task, found))})

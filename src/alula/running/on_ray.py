@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from alula.errors import UserError
+from alula.errors import UserError, install_extra
 from alula.files import read_json
 from alula.running.cell import CRASHED, Cell
 from alula.running.cells import write_crash
@@ -24,7 +24,7 @@ def connected(address: str) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError:
-        raise UserError(f"--ray {address} came, but Ray is not installed. Install it: pip install 'alula[cluster]'") from None
+        raise UserError(f"--ray {address} came, but Ray is not installed. {install_extra('cluster')}") from None
     is_ours = not ray.is_initialized()
     if is_ours:
         try:

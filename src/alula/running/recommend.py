@@ -13,13 +13,14 @@ from rich.progress import Progress
 
 from alula.config import Recipe, TaskChoice, check_recipe, write_recipe
 from alula.files import write_json, write_text
-from alula.models import load_model
 from alula.report.format import show, show_bytes, show_interval, show_time
 from alula.report.reading import read_run
 from alula.report.series import Series, series_of
 from alula.report.verdict import difference, noise_level
-from alula.running.candidates import RULE, Limits, Line, candidates, constrain, decide, judge, measure, measure_sizes
+from alula.running.candidates import RULE, Limits, Line, candidates, constrain, decide, judge, measure
+from alula.running.choices import load_chosen, load_stream
 from alula.running.learn import absolute
+from alula.running.memory import Sizes, longest_row, measure_sizes
 from alula.running.run import run_recipe
 from alula.training import TrainSettings
 
@@ -66,13 +67,14 @@ def recommend(
     settings = settings or TrainSettings()
     steps = min(pilot_steps, settings.steps)
     full = _full_recipe(tasks, base_tasks, absolute(model), settings)
-    sizes = measure_sizes(load_model(absolute(model), device="cpu")[0])
+    pilot = _pilot_recipe(full, size=pilot_size, steps=steps)
+    sizes = _sizes(pilot)
     lines = [constrain(candidate, sizes, limits, num_tasks=len(tasks)) for candidate in candidates(settings)]
     found: dict[str, Series] = {}
     errors: dict[str, str] = {}
     if not all(line.out for line in lines):
         allowed = [line.name for line in lines if not line.out]
-        run_recipe(_pilot_recipe(full, allowed, size=pilot_size, steps=steps), folder / PILOT, progress=progress, say=say)
+        run_recipe(_with_methods(pilot, allowed), folder / PILOT, progress=progress, say=say)
         run = read_run(folder / PILOT)
         found = {series.method: series for series in series_of(run) if series.members and not series.is_partial}
         errors = {cell.method: cell.error for cell in run.cells}
@@ -111,9 +113,9 @@ def _with_methods(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"methods": [choice for choice in recipe.methods if choice.shown in names]})
 
 
-def _pilot_recipe(full: Recipe, names: Sequence[str], *, size: int, steps: int) -> Recipe:
+def _pilot_recipe(full: Recipe, *, size: int, steps: int) -> Recipe:
     few = {"train_size": size, "test_size": size}
-    return _with_methods(full, names).model_copy(
+    return full.model_copy(
         update={
             "tasks": [choice.model_copy(update=few) for choice in full.tasks],
             "base_tasks": [choice.model_copy(update=few) for choice in full.base_tasks],
@@ -124,6 +126,13 @@ def _pilot_recipe(full: Recipe, names: Sequence[str], *, size: int, steps: int) 
     )
 
 
+def _sizes(pilot: Recipe) -> Sizes:
+    """Of the model where it trains, and of a batch as long as the longest row of the pilot."""
+    model, processor = load_chosen(pilot)
+    samples = [sample for task in load_stream(pilot).tasks for sample in task.train]
+    return measure_sizes(model, settings=pilot.train, tokens=longest_row(processor, samples))
+
+
 def _is_clear(first: Series, second: Series) -> bool:
     _, interval = difference(first, second)
     return interval is not None and interval.excludes(0.0)
@@ -132,21 +141,25 @@ def _is_clear(first: Series, second: Series) -> bool:
 def _explain(lines: Sequence[Line], chosen: str | None, close: Sequence[str], limits: Limits) -> list[str]:
     """What was decided and why, in sentences."""
     if chosen is None:
-        return ["No method can be recommended: each is out, with its reason above. Loosen a limit, or measure more samples (--pilot-size)."]
+        return ["No method can be recommended: each is out, with its reason above. Loosen a limit."]
     line = next(line for line in lines if line.name == chosen)
     score = f"{show(100 * line.score)} points {show_interval(line.score_interval)}".strip()
-    cost = f"training in full takes about {show_time(line.seconds)}, and about {show_bytes(line.memory)} for the model and what trains"
+    cost = f"training in full takes about {show_time(line.seconds)}, and about {show_bytes(line.memory)} of memory"
     said = [f"Recommended: {chosen}. Average score in the pilot {score} (n = {line.num_samples}); {cost}."]
     others = [name for name in close if name != chosen]
     if others:
-        said.append(f"Its score cannot be told apart from that of {', '.join(others)}; of these it costs least.")
+        doubted = any(other.unsure for other in lines if other.name in others)
+        those = "those that keep the limit" if doubted and not line.unsure else "these"
+        said.append(f"Its score cannot be told apart from that of {', '.join(others)}; of {those} it costs least.")
     elif sum(not other.out for other in lines) > 1:
         said.append("It is ahead of the others that are left by more than noise.")
     if math.isnan(line.lost):
-        said.append("Without a base task nothing is known of what the base model forgets.")
+        said.append("Without a base task that has right answers nothing is known of what the base model forgets.")
     else:
         lost = f"{show(100 * line.lost)} points {show_interval(line.lost_interval)}".strip()
-        said.append(f"On base tasks it lost {lost}; {limits.base_forgetting:g} may be lost.")
+        said.append(f"On base tasks it lost {lost} (n = {line.num_base}); {limits.base_forgetting:g} may be lost.")
+    if line.unsure:
+        said.append(f"It is only possible: it {line.unsure}. For more of them take a larger --pilot-size and another --out.")
     return said
 
 

@@ -10,17 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import Progress
 
-from alula.config import Recipe, check_recipe, write_recipe
+from alula.config import Recipe, write_recipe
 from alula.data.stream import Stream
 from alula.errors import UserError
 from alula.files import write_json, write_text
 from alula.running.cell import Cell, run_cell
 from alula.running.cells import RECIPE, VERSIONS, attempt, has_base, list_cells
 from alula.running.choices import check_model, load_chosen, load_stream
+from alula.running.extending import refuse_other
 from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
+from alula.running.shots import scored_names
 from alula.training.processes import Team
 
 
@@ -47,8 +48,8 @@ def run_recipe(
         ray: the address of a Ray cluster whose machines all see `folder`; None: this machine.
 
     Raises:
-        UserError: `folder` holds a run of another recipe, a method is unknown, the stream cannot be loaded, there is no
-            such cluster, or workers are wanted in several processes; nothing is written then.
+        UserError: `folder` holds a run of another recipe (see `refuse_other`), a method or one of its options is unknown, the stream
+            cannot be loaded, there is no such cluster, or workers are wanted in several processes; nothing is written then.
     """
     team = Team()
     if team.count > 1 and (workers != 1 or ray is not None):
@@ -68,7 +69,7 @@ def run_recipe(
         todo = [cell for cell, over in zip(cells, is_done, strict=True) if not over]
         if launcher is None:
             return run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
-        names = [task.name for task in (*stream.tasks, *stream.base_tasks)]
+        names = scored_names(stream, recipe.evaluation.shots)
         return dispatch(todo, launcher, has_base=lambda: has_base(folder, names), say=say)
 
 
@@ -111,28 +112,17 @@ def run_here(
 
 
 def start_folder(recipe: Recipe, folder: Path) -> None:
-    """Writes the resolved recipe and the versions, once.
+    """Writes the resolved recipe, and the versions once.
 
     Raises:
-        UserError: the folder holds a run of another recipe.
+        UserError: the folder holds a run of another recipe (see `refuse_other`).
     """
-    text = write_recipe(recipe)
     kept = folder / RECIPE
-    if kept.exists() and not _is_same(recipe, kept):
-        raise UserError(
-            f"{folder} holds a run of another recipe (see {kept}). Continue it with the same recipe, or choose another --out folder."
-        )
-    write_text(kept, text)
+    if kept.exists():
+        refuse_other(recipe, kept)
+    write_text(kept, write_recipe(recipe))
     packages = ("alula", "torch", "transformers", "accelerate", "datasets", "numpy")
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
     versions |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} x {platform.machine()}"}
     if not (folder / VERSIONS).exists():
         write_json(folder / VERSIONS, versions)
-
-
-def _is_same(recipe: Recipe, kept: Path) -> bool:
-    """By meaning, not by letter: a key that a newer alula knows, at its default, changes nothing."""
-    try:
-        return check_recipe(yaml.safe_load(kept.read_text(encoding="utf-8"))) == recipe
-    except (UserError, yaml.YAMLError, UnicodeDecodeError):
-        return False

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,12 @@ from torch import nn
 from alula.data.collate import Collator
 from alula.data.stream import Stream, Task
 from alula.evaluation.evaluate import evaluate_task
+from alula.evaluation.few_shot import rescore
+from alula.evaluation.prompts import with_prompt_hashes
 from alula.evaluation.scores import Prediction, score_task
 from alula.files import read_jsonl, write_jsonl
 from alula.methods import Arm
+from alula.running.shots import Asked
 from alula.training.processes import Team
 
 if TYPE_CHECKING:
@@ -25,13 +28,28 @@ BASE_ARM, JOINT = "default", "joint"
 
 
 class ScoreBook:
-    """The predictions and scores of one cell. Of several processes the main one reads and writes; all measure."""
+    """The predictions and scores of one cell. Of several processes the main one reads and writes; all measure.
+
+    Args:
+        asked: the tasks that are scored with shots, too, by name.
+
+    Raises:
+        UserError: one of these has the name of a task.
+    """
 
     def __init__(
-        self, cell: "Cell", stream: Stream, model: nn.Module, collator: Collator, *, progress: Progress | None, team: Team
+        self,
+        cell: "Cell",
+        stream: Stream,
+        model: nn.Module,
+        collator: Collator,
+        *,
+        asked: Mapping[str, Asked],
+        progress: Progress | None,
+        team: Team,
     ) -> None:
-        self.cell, self.stream, self.model, self.collator, self.progress = cell, stream, model, collator, progress
-        self.team = team
+        self.cell, self.model, self.collator, self.asked, self.progress, self.team = cell, model, collator, asked, progress, team
+        self.stream = Stream(tasks=stream.tasks, base_tasks=(*stream.base_tasks, *(one.task for one in asked.values())))
         self._rows: dict[tuple[int, str, str], dict[str, Any]] = {}
         self._costs: dict[str, dict] = {}
         scores = cell.folder / "scores.jsonl"
@@ -46,7 +64,7 @@ class ScoreBook:
         for task in self._tasks():
             shared = self.cell.base_folder / f"{task.name}.jsonl"
             started = time.perf_counter()
-            known = partial(self._read, shared)
+            known = partial(self._read, shared, *(self.cell.base_folder / f"{name}.jsonl" for name in self._same(task)))
             found = self._found(known, task, None, row=0, arm=BASE_ARM)
             if self.team.is_main and not shared.exists():
                 write_jsonl(shared, found)
@@ -58,12 +76,13 @@ class ScoreBook:
         """All tasks after task `after`, used the way of `arm`."""
         seen = [task.name for task in self.stream.tasks[:row]] if after != JOINT else [task.name for task in self.stream.tasks]
         for task in self._tasks():
-            if not self._is_due(task, seen):
+            plain = self._plain(task)
+            if not self._is_due(plain, seen):
                 continue
-            sources = [self._path(row, arm.name, task)]
-            if arm.is_settled and after not in (JOINT, task.name):
-                settled = (seen.index(task.name) + 1, arm.name) if task.name in seen else (0, BASE_ARM)
-                sources.append(self._path(*settled, task))
+            sources = [self._path(row, arm.name, name) for name in (task.name, *self._same(task))]
+            if arm.is_settled and after not in (JOINT, plain.name):
+                settled = (seen.index(plain.name) + 1, arm.name) if plain.name in seen else (0, BASE_ARM)
+                sources.append(self._path(*settled, task.name))
             started = time.perf_counter()
             found = self._found(partial(self._read, *sources), task, arm, row=row, arm=arm.name)
             self._keep(task, found, row=row, after=after, arm=arm.name, seconds=time.perf_counter() - started)
@@ -82,13 +101,22 @@ class ScoreBook:
     def _tasks(self) -> Sequence[Task]:
         return (*self.stream.tasks, *self.stream.base_tasks)
 
+    def _plain(self, task: Task) -> Task:
+        """The task itself, or the one that it is without shots."""
+        return self.asked[task.name].parent if task.name in self.asked else task
+
+    def _same(self, task: Task) -> list[str]:
+        """Other tasks with the same questions."""
+        asked = self.asked.get(task.name)
+        return [asked.parent.name] if asked and asked.is_plain else []
+
     def _is_due(self, task: Task, seen: Sequence[str]) -> bool:
         if task.is_base:
             return self.cell.base_every_task or len(seen) == len(self.stream.tasks)
         return task.name in seen or self.cell.future_tasks
 
-    def _path(self, row: int, arm: str, task: Task) -> Path:
-        return self.cell.folder / "predictions" / f"row{row:02d}" / arm / f"{task.name}.jsonl"
+    def _path(self, row: int, arm: str, task: str) -> Path:
+        return self.cell.folder / "predictions" / f"row{row:02d}" / arm / f"{task}.jsonl"
 
     @staticmethod
     def _read(*sources: Path) -> list[dict] | None:
@@ -98,7 +126,9 @@ class ScoreBook:
     def _found(self, known: Callable[[], list[dict] | None], task: Task, way: Arm | None, *, row: int, arm: str) -> list[dict]:
         """The predictions that are `known`, by the word of the main process, or else those that all measure now."""
         found = self.team.from_main(known)
-        return [prediction.as_row() for prediction in self._measure(task, way, row=row, arm=arm)] if found is None else found
+        if found is None:
+            return [prediction.as_row() for prediction in self._measure(task, way, row=row, arm=arm)]
+        return [{**line, "task": task.name} for line in found]
 
     def _measure(self, task: Task, way: Arm | None, *, row: int, arm: str) -> list[Prediction]:
         cell = self.cell
@@ -108,7 +138,7 @@ class ScoreBook:
             if self.progress is not None and bar is not None:
                 self.progress.update(bar, completed=done)
 
-        with way.enter(task) if way else contextlib.nullcontext():
+        with way.enter(self._plain(task)) if way else contextlib.nullcontext():
             found = evaluate_task(
                 self.model,
                 self.collator,
@@ -122,11 +152,12 @@ class ScoreBook:
             )
         if self.progress is not None and bar is not None:
             self.progress.remove_task(bar)
-        return found
+        found = with_prompt_hashes(found, task, self.collator.processor)
+        return rescore(self.asked[task.name].found, found) if task.name in self.asked else found
 
     def _keep(self, task: Task, found: list[dict], *, row: int, after: str | None, arm: str, seconds: float) -> None:
         if self.team.is_main:
-            write_jsonl(self._path(row, arm, task), found)
+            write_jsonl(self._path(row, arm, task.name), found)
         predictions = [Prediction(**{**line, "options": tuple(line.get("options", ()))}) for line in found]
         score = score_task(task, predictions)
         line = {
@@ -137,6 +168,7 @@ class ScoreBook:
             "is_base": task.is_base,
             "is_probe": task.is_probe,
             **vars(score),
+            **(self.asked[task.name].about if task.name in self.asked else {}),
         }
         known = self._rows.get((row, arm, task.name), {}).get("seconds", 0.0)  # a row read back took its time before
         self._rows[row, arm, task.name] = {**line, "seconds": round(max(known, seconds), 2)}

@@ -1,0 +1,79 @@
+"""Whether a run folder can go on with a recipe: one that says the same, or has more methods, seeds or orders besides."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alula.config import MethodChoice, Recipe, read_recipe
+from alula.errors import UserError
+
+ABSENT = "not given"
+
+
+def refuse_other(recipe: Recipe, kept: Path) -> None:
+    """Refuses to go on where the recipe in the file `kept` says something else than `recipe`.
+
+    By meaning, not by letter: a key that a newer alula knows, at its default, changes nothing. What is added changes nothing of the
+    cells that are there: each has a folder and an identity of its own.
+
+    Raises:
+        UserError: with the first key that differs.
+    """
+    try:
+        change = next(_changes(read_recipe(kept), recipe), "")
+    except UserError as error:
+        change = str(error)
+    if change:
+        raise UserError(
+            f"{kept.parent} holds a run of another recipe (see {kept}): {change}. Methods and seeds may be added, and orders after the "
+            "others. Continue it with the same recipe otherwise, or choose another --out folder."
+        )
+
+
+def _changes(kept: Recipe, recipe: Recipe) -> Iterator[str]:
+    """What of `kept` is not so in `recipe`, key by key in the order of a recipe."""
+    before, now = (one.model_dump(mode="json", by_alias=True) for one in (kept, recipe))
+    for key in before:
+        if key == "methods":
+            yield from _lost_methods(kept, recipe)
+        elif key == "seeds":
+            yield from (f"seeds lacks {seed}" for seed in kept.seeds if seed not in recipe.seeds)
+        elif key == "orders":
+            first, second = (one.orders or [one.order(0)] for one in (kept, recipe))
+            yield from _differences(first, second[: len(first)], key)
+        else:
+            yield from _differences(before[key], now[key], key)
+
+
+def _lost_methods(kept: Recipe, recipe: Recipe) -> Iterator[str]:
+    """Methods by the names of their folders; each may run more orders than before."""
+    named = {choice.shown: choice for choice in recipe.methods}
+    for choice in kept.methods:
+        place = f"methods.{choice.shown}"
+        if choice.shown not in named:
+            yield f"{place} is missing"
+            continue
+        yield from _differences(_said(choice), _said(named[choice.shown]), place)
+        orders = recipe.orders_of(named[choice.shown])
+        yield from (f"{place}.orders lacks {number}" for number in kept.orders_of(choice) if number not in orders)
+
+
+def _said(choice: MethodChoice) -> dict[str, Any]:
+    return choice.model_dump(mode="json", by_alias=True, exclude={"label", "orders"})
+
+
+def _differences(before: Any, now: Any, place: str) -> Iterator[str]:
+    """Each place below `place` where two plain values differ, with both."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key, ABSENT), now.get(key, ABSENT), f"{place}.{key}")
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{place}.{number}")
+    elif before != now:
+        yield f"{place} was {_shown(before)}, is {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
