@@ -2,6 +2,9 @@
 
 python tests/kill_worker.py FOLDER [--kills 20] [--seed 0]
 
+The run is cut into as many stretches of time as there are kills, and each kill falls somewhere into its own. It is a real one: processes
+that were alive died of it. A run that was over before its kill is no test; it is thrown away and killed earlier, until the kill is real.
+
 Each process is forked from this one, which has imported everything, and gets the environment that torchrun would give it.
 """
 
@@ -28,6 +31,8 @@ from distributed_worker import write_world
 from zoo import build
 
 NUM_PROCESSES = 2
+TRIES = 8
+"""How often the moment of one kill may come too late."""
 TIMES = ("seconds", "seconds_of_this_process")
 
 
@@ -35,7 +40,9 @@ def write_recipe(folder):
     """Two tasks, an expert each, a checkpoint every two steps."""
     write_world(folder)
     raw = yaml.safe_load((folder / "recipe.yaml").read_text())
-    raw["methods"] = [{"name": "routed", "options": {"rank": 2, "layers": [1, 2]}}]
+    raw["methods"] = [
+        {"name": "routed", "options": {"rank": 2, "layers": [1, 2]}, "with": [{"name": "rehearsal", "options": {"ratio": 0.5}}]}
+    ]
     raw["train"] = {"steps": 6, "batch_size": 4, "save_every": 2, "learning_rate": 1e-2}
     write_text(folder / "recipe.yaml", yaml.safe_dump(raw))
 
@@ -73,20 +80,30 @@ def start(recipe, out, said):
 
 
 def finish(pids, *, until=None):
-    """Waits for all, or kills what still runs at `until`; whether all ended well by themselves."""
+    """Waits for all, or kills what still runs at `until`; gives how many died of that.
+
+    Raises:
+        ChildProcessError: one ended badly by itself.
+    """
     codes = {}
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[pid] = status
-        late = until is not None and time.monotonic() > until
-        if late or any(codes.values()):  # torchrun as well ends all when one has died
-            for pid in set(pids) - set(codes):
+        failed = any(codes.values())
+        if failed or (until is not None and time.monotonic() > until):  # torchrun as well ends all when one has died
+            alive = set(pids) - set(codes)
+            for pid in alive:
                 os.kill(pid, signal.SIGKILL)
-                codes[pid] = os.waitpid(pid, 0)[1] or signal.SIGKILL
+            codes |= {pid: os.waitpid(pid, 0)[1] for pid in alive}
+            if failed:
+                raise ChildProcessError(f"ended by themselves, with {codes}")
+            return sum(os.WIFSIGNALED(codes[pid]) and os.WTERMSIG(codes[pid]) == signal.SIGKILL for pid in alive)
         time.sleep(0.01)
-    return not any(codes.values())
+    if any(codes.values()):
+        raise ChildProcessError(f"ended by themselves, with {codes}")
+    return 0
 
 
 def contents(folder):
@@ -120,23 +137,52 @@ def main():
     torch.set_num_threads(1)
     write_recipe(folder)
     build("llava")  # what a process would import only now is there for all
-    said = folder / "said.txt"
-    began = time.monotonic()
-    assert finish(start(folder / "recipe.yaml", folder / "whole", said)), said.read_text()
-    whole, length = contents(folder / "whole"), time.monotonic() - began
+    world = World(folder / "recipe.yaml", folder / "said.txt")
+    world.run(folder / "whole")
+    whole = contents(folder / "whole")
+    length = world.run(folder / "warm")  # the first run is slower: files and code are not in memory yet
+    assert contents(folder / "warm") == whole, "two runs that nobody killed differ"
     moments = []
     for number in range(given.kills):
-        out, delay = folder / f"killed-{number:02d}", chance.uniform(0, length)
-        was_whole = finish(start(folder / "recipe.yaml", out, said), until=time.monotonic() + delay)
-        last = max((path.stat().st_mtime, str(path.relative_to(out))) for path in out.rglob("*")) if out.exists() else (0, "nothing yet")
-        assert finish(start(folder / "recipe.yaml", out, said)), said.read_text()
+        out = folder / f"killed-{number:02d}"
+        moment = world.kill(out, lambda number=number: (number + chance.random()) / given.kills, length=length)
+        world.run(out)
         found = contents(out)
         differ = sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))
-        moments.append({"seconds": round(delay, 2), "killed": not was_whole, "last_written": last[1], "differ": differ})
+        moments.append({**moment, "differ": differ})
         print(moments[-1], flush=True)
         if not differ:
             shutil.rmtree(out)
     write_json(folder / "moments.json", {"files": len(whole), "seconds": round(length, 2), "moments": moments})
+
+
+class World:
+    """The command, to be run to its end or killed."""
+
+    def __init__(self, recipe, said):
+        self.recipe, self.said = recipe, said
+
+    def run(self, out):
+        """To the end; the seconds that it took."""
+        began = time.monotonic()
+        try:
+            finish(start(self.recipe, out, self.said))
+        except ChildProcessError as error:
+            raise RuntimeError(self.said.read_text()) from error
+        return time.monotonic() - began
+
+    def kill(self, out, share, *, length):
+        """Kills a run into `out` at a drawn share of `length` seconds, shorter ones until it hits: what it left, and where."""
+        for _ in range(TRIES):
+            shutil.rmtree(out, ignore_errors=True)
+            began, delay = time.monotonic(), share() * length
+            left = finish(start(self.recipe, out, self.said), until=began + delay)
+            if left and not list(out.glob("cells/*/done.json")):
+                written = [(path.stat().st_mtime, str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()]
+                last = max(written, default=(0, "nothing yet"))[1]
+                return {"seconds": round(delay, 2), "killed": left, "last_written": last}
+            length = min(length, time.monotonic() - began)
+        raise RuntimeError(f"the run was over before each of {TRIES} kills")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ BASE_LOSS = {"finetune": 0.06, "rehearsal": 0.04, "joint": 0.03}
 RECIPE = """model: smol
 stream: [animals, digits, charts, shapes]
 base_tasks: [antonym, definition, prose]
-methods: [finetune, rehearsal, routed, joint]
+methods: [finetune, {name: rehearsal, train: {batch_size: 8}}, routed, joint]
 seeds: [0, 1, 2]
-steps: 50
-batch_size: 16
+train: {steps: 50, batch_size: 16}
 """
 
 

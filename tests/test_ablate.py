@@ -114,7 +114,7 @@ def test_a_full_grid_has_every_combination_and_one_at_a_time_a_base_point(tmp_pa
         ({"factors": {"model.options.corps": [0, 2]}}, r"Unknown key 'model.options.corps'\..*Did you mean 'crops'"),
         ({"factors": {"model.encoder.image_size": [16, 20]}}, r"point 20: .*20 = 2 x 8 \+ 4"),
         ({"factors": {"model.connector": ["mlp", {"name": "c_abstractor", "num_tokens": 12}]}}, r"no square: 3 x 3 = 9, 4 x 4 = 16"),
-        ({"factors": {"methods.0.options.conector": [True, False]}}, r"cannot be made with .*unexpected keyword argument 'conector'"),
+        ({"factors": {"methods.0.options.conector": [True, False]}}, r"point True: Unknown option 'conector' .*Did you mean 'connector'"),
         ({"factors": {"train.steps": [1]}}, r"two or more"),
         ({"expected": ["conector"]}, r"unknown factor 'conector'\..*Did you mean 'connector'"),
         ({"desing": "full"}, r"unknown key 'grid.desing'\..*Did you mean 'design'"),

@@ -201,9 +201,8 @@ def test_every_method_takes_additions_and_keeps_its_promise_about_the_base(name)
         assert torch.equal(now[path], value), path
 
 
-def test_every_addition_says_what_it_is_and_lives_where_one_looks_for_it():
+def test_every_addition_lives_where_one_looks_for_it():
     for name in ADDITIONS:
-        assert ADDITIONS[name].__doc__.splitlines()[0].endswith((".", ":", ";")) or len(ADDITIONS[name].__doc__.splitlines()[0]) > 20
         assert ADDITIONS[name].__module__ == f"alula.methods.additions.{name}"
 
 

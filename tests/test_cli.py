@@ -180,10 +180,10 @@ def test_one_method_with_two_options_has_two_folders_and_two_rows(world, tmp_pat
 
 
 def test_a_crashed_cell_gives_exit_code_1_and_its_reason(world, tmp_path):
-    methods = [{"name": "finetune", "options": {"rnak": 2}}]
+    methods = [{"name": "finetune", "options": {"layers": [99]}}]
     result = alula("run", write_recipe(world, tmp_path / "bad.yaml", methods=methods), "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert "rnak" in result.stderr
+    assert "no decoder layer 99" in result.stderr
     assert "1 cell crashed" in result.stderr
 
 

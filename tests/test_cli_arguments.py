@@ -43,6 +43,26 @@ def test_scoring_a_pool_of_the_hub_makes_no_folder_that_would_hide_it(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+IGNORED = {
+    "eval --model m --out o --harness lm-eval --tasks t --all-rows --shots 2": "--all-rows, --shots came, which --harness does not use",
+    "eval --model m --out o --harness lm-eval --tasks t --shots-by seed": "--shots-by came, which --harness does not use",
+    "eval --model m --out o --harness lmms-eval --tasks t --num-fewshot 0": "--num-fewshot came, which --harness lmms-eval does not use",
+    "eval --model m --out o --task capital --include-path x --batch-size 8": "--include-path, --batch-size came, which --task does not use",
+    "eval --model m --out o --task capital --num-fewshot 1 --chat-template": "--num-fewshot, --chat-template came, which --task",
+    "eval --model m --out o --task capital --seed 1": "--seed came, which --task without --shots does not use. Leave it out.",
+    "learn --method wings --task capital --pool p --router arrow --linears q_proj": "--linears, --router came, which --method wings",
+}
+
+
+@pytest.mark.parametrize("line", IGNORED)
+def test_an_option_that_would_change_nothing_is_refused_by_its_name(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 2
+    assert IGNORED[line] in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_answers_without_a_pool_and_nobody_answers_without_a_model(tmp_path):
     taught = taught_pool(tmp_path)
     alone = CliRunner().invoke(app, ["generate", "Hi", "--model", str(taught.model), "--max-new-tokens", "2", "--show-routing"])

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from alula.cli.app import app
-from alula.config import check_recipe, write_recipe
+from alula.config import check_recipe, read_recipe, write_recipe
 from alula.errors import UserError
 from alula.files import read_json, read_jsonl
 from alula.report.reading import read_run
@@ -117,20 +117,20 @@ class Killer(Processes):
 
 
 def test_a_killed_worker_is_a_crashed_cell_and_the_others_go_on(tiny, tmp_path):
-    methods = [LORA, {"name": "finetune", "label": "typo", "options": {"rnak": 2}}, {**LORA, "label": "good"}]
+    methods = [LORA, {"name": "finetune", "label": "wrong", "options": {"layers": [99]}}, {**LORA, "label": "good"}]
     wanted, folder, said = recipe(tiny, methods=methods, orders=[]), tmp_path / "run", []
     start_folder(wanted, folder)
     cells = list_cells(wanted, folder)
     assert dispatch(cells, Killer(folder, workers=3), has_base=lambda: True, say=said.append) == 2
-    killed, typo, good = (folder / "cells" / f"{name}-seed0" for name in ("finetune", "typo", "good"))
+    killed, wrong, good = (folder / "cells" / f"{name}-seed0" for name in ("finetune", "wrong", "good"))
     assert "ended from outside (SIGKILL)" in read_json(killed / "crashed.json")["error"]
-    assert "rnak" in read_json(typo / "crashed.json")["error"]
+    assert "no decoder layer 99" in read_json(wrong / "crashed.json")["error"]
     assert (good / "done.json").exists()
     assert [line for line in said if "fewer --workers" in line]
     assert not list(folder.rglob("*.part"))
     assert {cell.name: cell.state for cell in read_run(folder).cells} == {
         "finetune-seed0": "crashed",
-        "typo-seed0": "crashed",
+        "wrong-seed0": "crashed",
         "good-seed0": "finished",
     }
 
@@ -201,6 +201,19 @@ def test_compare_runs_what_is_missing_and_builds_both_pages(tiny, serial, tmp_pa
     assert "Order 1: digits → easy_vqa" in text
 
 
+def test_a_finished_comparison_grows_and_what_is_there_stays_as_it_is(tiny, serial, tmp_path):
+    folder, said = shutil.copytree(serial, tmp_path / "run"), []
+    before = {path: path.read_bytes() for path in folder.rglob("cells/**/*") if path.is_file()}
+    kept = read_recipe(folder / "recipe.yaml").model_dump(by_alias=True)
+    grown = check_recipe({**kept, "methods": [*kept["methods"], {**LORA, "label": "again", "orders": [1]}]})
+    assert run_recipe(grown, folder, say=said.append) == 0
+    assert [line for line in said if not line.endswith("done already")] == ["again-seed0-order1: running", "again-seed0-order1: done"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert read_recipe(folder / "recipe.yaml") == grown
+    rows = [read_jsonl(folder / "cells" / f"{name}-seed0-order1" / "losses.jsonl") for name in ("again", "finetune")]
+    assert rows[0] == rows[1]
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """The address of a Ray cluster of one machine with two cores."""
@@ -215,7 +228,7 @@ def cluster(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own
 def test_a_ray_cluster_gives_what_this_process_gives(tiny, serial, tmp_path, cluster):
-    methods = [LORA, {"name": "finetune", "label": "typo", "options": {"rnak": 2}}]
+    methods = [LORA, {"name": "finetune", "label": "wrong", "options": {"layers": [99]}}]
     (tmp_path / "r.yaml").write_text(write_recipe(recipe(tiny, methods=methods, orders=ORDERS[:1])))
     command = ["compare", "r.yaml", "--out", "run", "--ray", cluster, "--workers", "2"]
     code = "from alula.cli import main; main()"
@@ -223,14 +236,14 @@ def test_a_ray_cluster_gives_what_this_process_gives(tiny, serial, tmp_path, clu
     assert done.returncode == 1, done.stderr
     assert "1 cell crashed" in done.stderr
     assert measured(tmp_path / "run/cells/finetune-seed0") == measured(serial / "cells" / "finetune-seed0")
-    assert "rnak" in read_json(tmp_path / "run/cells/typo-seed0/crashed.json")["error"]
+    assert "no decoder layer 99" in read_json(tmp_path / "run/cells/wrong-seed0/crashed.json")["error"]
 
 
 def test_without_ray_the_option_says_what_to_install(monkeypatch):
     from alula.running.on_ray import connected
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"pip install 'alula\[cluster\]'"), connected("10.0.0.1:6379"):
+    with pytest.raises(UserError, match=r"pip install '\.\[cluster\]'"), connected("10.0.0.1:6379"):
         pass
 
 

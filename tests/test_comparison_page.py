@@ -3,19 +3,16 @@
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations, pairwise
 
 import pytest
 
 import run_folder
+from alula.evaluation.measures import MEASURES
 from alula.files import read_jsonl, write_json, write_jsonl
 from alula.report.columns import NEW_SKILL
-from alula.report.comparison import build_comparison
-from alula.report.figures import Line, line_chart
+from alula.report.comparison import build_comparison, table_columns
 from alula.report.pairs import pairs_of
-from alula.report.pareto import Spot, front, scatter, span
 from alula.report.reading import read_run
 from alula.report.series import series_of
 from alula.report.verdict import best_first, difference, listed
@@ -97,6 +94,48 @@ def test_the_verdict_says_what_is_noise_what_is_not_and_what_comes_back(compared
     assert pair.interval.low <= pair.gap <= pair.interval.high
 
 
+def test_the_verdict_says_after_which_methods_base_tasks_stand_best_and_which_lost_some(compared, page):
+    ours = [one for one in series_of(read_run(compared)) if not one.is_reference]
+    for metric, opening in (("base_forgetting", "Base tasks stand"), ("base_bits_increase", "Prose stands")):
+        best = best_first(ours, metric)[0]
+        said = re.search(
+            rf"{opening} best after {re.escape(best.name)} \([^()]*\), .*? Clearly lost by (.*?)\. (?=Prose|The ref)", page.text
+        )[1]
+        for one in ours:
+            lost, interval = one.spread(metric).mean, one.interval(metric)
+            assert (f"{one.name} (" in said) == (lost > 0 and interval.excludes(0)), (metric, one.name, said)
+        assert "finetune (" in said and "routed" not in said
+
+
+def test_the_head_says_what_was_run_how_long_and_on_what(page):
+    for words in (
+        *("Orders animals → digits → charts → shapes; shapes → animals → charts → digits", "Base tasks antonym, definition, prose"),
+        *("Seeds 0, 1, 2", "Cells 12 finished, 1 crashed, 1 unfinished", "Steps a task 50 S", "Samples seen a task 800 to 1.28 k B"),
+        *("Batch size 8 to 16", "Test samples 420 a row", "Machine 2 x x86_64", "Versions alula 0.1.0, torch 2.13.0, python 3.11.2"),
+    ):
+        assert words in page.text, words
+
+
+def test_every_measure_has_an_interval_and_the_number_of_its_samples(compared, page):
+    heads = [head["title"] for head in page.heads]
+    for name in ("average_over_stages", "gap_to_joint", "base_forgetting_generation", "unparsed_share"):
+        assert heads.count(MEASURES[name].meaning) == 1, name
+    assert MEASURES["base_forgetting"].meaning not in heads  # all base tasks are generated: it would be the same column again
+    known = {column.label: numbers for column, numbers in table_columns(series_of(read_run(compared)))}
+    for label, samples in (("Average score", 240), ("Forgetting", 180), ("Base forgetting, generation", 120), ("Unparsed", 240)):
+        assert {one.samples for one in known[label] if one.is_known} == {samples}, label
+        assert all(one.interval for one in known[label] if one.is_known)
+    assert page.text.count("n = 240") >= 12
+
+
+def test_base_tasks_of_both_kinds_have_a_column_each_beside_their_mean(compared, tmp_path):
+    copy = shutil.copytree(compared, tmp_path / "run")
+    for path in copy.glob("cells/*/scores.jsonl"):
+        write_jsonl(path, [row | ({"metric": "ranked"} if row["task"] == "antonym" else {}) for row in read_jsonl(path)])
+    labels = [column.label for column, _ in table_columns(series_of(read_run(copy)))]
+    assert {"Base forgetting", "Base forgetting, understanding", "Base forgetting, generation"} <= set(labels)
+
+
 def test_crashed_cells_are_shown_with_the_first_line_of_their_reason(compared, page, tmp_path):
     assert "wings-seed2" in page.text
     assert "the loss is not finite at step 12" in page.text
@@ -136,28 +175,6 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     assert "routed-seed0" in text
 
 
-def test_the_front_leaves_out_what_is_beaten_and_what_is_a_reference():
-    spots = [
-        Spot(label="cheap", number=1, colour=1, x=1, y=20),
-        Spot(label="beaten", number=2, colour=2, x=2, y=19),
-        Spot(label="good", number=3, colour=3, x=3, y=50),
-        Spot(label="joint", number=4, colour=4, x=1, y=90, is_reference=True),
-    ]
-    assert [spot.label for spot in front(spots, is_lower_x_better=True, is_lower_y_better=False)] == ["cheap", "good"]
-    assert [spot.label for spot in front(spots, is_lower_x_better=False, is_lower_y_better=True)] == ["beaten", "good"]
-    drawn = scatter(spots, x_label="x", y_label="y", x_unit=str, y_unit=str, description="d")
-    assert re.findall(r">(\d)</text>", drawn) == ["1", "2", "3", "4"]
-    assert drawn.count("hollow") == 1
-
-
-@pytest.mark.parametrize("values", [(0.0,), (5.0,), (3.0, 3.0), (-2.0, 7.0), (1e3, 4e8), (0.0, 9e6), (30.0, 900.0)])
-def test_an_axis_spans_its_values(values):
-    axis = span(values)
-    assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values)
-    assert all(-1e-9 <= axis.share(tick) <= 1 + 1e-9 for tick in axis.ticks)
-    assert 2 <= len(axis.ticks) <= 9
-
-
 CLICKS = """<script>
 const heads = [...document.querySelectorAll("table.ranked thead th")], button = (i) => heads[i].querySelector("button");
 const first = () => document.querySelector("table.ranked tbody th").dataset.name;
@@ -188,31 +205,6 @@ def test_headings_sort_in_a_real_browser(compared, tmp_path):
     assert found[7:9] == ["none", "descending"]
     assert found[10:] == ["0", "true", "true", "0"]  # a picked series alone stays as it was
     assert found[9] == "joint"  # it has no backward transfer: last, either way
-
-
-def test_numbers_of_coinciding_spots_do_not_hide_each_other():
-    at = [(1.0, 5.0)] * 6 + [(1.01, 5.0), (1.0, 5.02), (9.0, 0.0), (9.0, 0.0)]
-    spots = [Spot(label=str(n), number=n, colour=1, x=x, y=y) for n, (x, y) in enumerate(at, start=1)]
-    drawn = scatter(spots, x_label="x", y_label="y", x_unit=str, y_unit=str, description="d")
-    places = [(float(x), float(y)) for x, y in re.findall(r'class="spot c1" cx="([\d.]+)" cy="([\d.]+)"', drawn)]
-    assert len(places) == len(spots)
-    assert all(abs(a - c) >= 15.9 or abs(b - d) >= 15.9 for (a, b), (c, d) in combinations(places, 2))
-    assert drawn.count('class="leader') == drawn.count('class="place') == 8  # one of the eight here and one of the two there stay in place
-
-
-def test_lines_that_end_together_have_their_numbers_apart():
-    lines = [Line(label=f"m{n}", colour=n, points=((0, 0.0), (1, 50.0 if n < 9 else 0.0)), number=n) for n in range(1, 13)]
-    drawn = line_chart(lines, x_labels=["base", "a"], unit=str, description="d", learnt=1)
-    heights = sorted(float(y) for y in re.findall(r'class="number" x="[\d.]+" y="([\d.]+)"', drawn))
-    assert len(heights) == 12
-    assert all(after - before >= 10.9 for before, after in pairwise(heights))
-    assert drawn.count('class="learnt-here"') == 1
-    high = [Line(label="high", colour=1, points=((0, 80.0), (1, 80.5)))]
-    ticks = re.findall(
-        r'class="tick end" x="[\d.]+" y="[\d.]+">([\d.]+)<', line_chart(high, x_labels=[], unit=str, description="d", from_zero=False)
-    )
-    assert 79 < float(ticks[0]) < 80 and 80.5 < float(ticks[-1]) < 82
-    assert "number" not in line_chart([replace(lines[0], number=0)], x_labels=["base", "a"], unit=str, description="d")
 
 
 @pytest.fixture(scope="module")

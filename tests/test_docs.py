@@ -9,16 +9,23 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
 from huggingface_hub import HfApi
 from PIL import Image
 from scripts.api_reference import render, verbs
+from torch.distributed.run import get_args_parser
 
 import alula
-from alula.config import read_recipe
+from alula.config import check_train, parse_settings, read_recipe
+from alula.data.documents import RATIOS, SOURCE
 from alula.data.tasks import TASKS
-from alula.files import write_jsonl
+from alula.errors import UserError
+from alula.files import write_json, write_jsonl
 from alula.methods import METHODS
 from alula.report.definitions import METRICS
+from alula.running.cells import check_methods
+from alula.running.grid import read_grid
 from terminal import Terminal
 from zoo import build
 
@@ -42,10 +49,27 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+def typed():
+    """Every line of a block that starts alula or a launcher, in a shell, in what a shell showed or in a step of a workflow, as words."""
+    every = [block.replace("\\\n", " ") for page in PAGES for block in blocks(page, "(?:bash|text|yaml)")]
+    lines = [line.strip().removeprefix("run: ") for block in every for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("alula ", "torchrun ", "accelerate "))]
+
+
 def commands():
-    """Every `alula ...` line of a shell block, as words."""
-    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("alula ")]
+    """What `typed` says of alula itself; the options of a launcher are read by the launcher, which refuses those it does not have."""
+    for program, *words in typed():
+        if program == "alula":
+            yield words
+            continue
+        given = get_args_parser().parse_args(words) if program == "torchrun" else launch_command_parser().parse_args(words[1:])
+        assert given.module and given.training_script == "alula"
+        yield given.training_script_args
+
+
+def mentioned():
+    """Every `alula verb ...` within a sentence, as words."""
+    return [found.split() for page in PAGES for found in re.findall(r"`alula ([a-z]+[^`\n]*)`", page.read_text(encoding="utf-8"))]
 
 
 @pytest.fixture
@@ -109,10 +133,15 @@ def test_the_first_hour_can_be_typed_from_top_to_bottom(desk, monkeypatch):
     assert {path.name for path in desk.iterdir()} >= {"colours-adapter", "merged", "predictions"}
 
 
-def test_the_first_hour_installs_what_there_is():
-    wanted = re.findall(r"pip install '\.\[([\w,]+)\]'", FIRST_HOUR.read_text(encoding="utf-8"))
+def test_the_pages_and_the_errors_install_what_there_is_from_a_clone():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert wanted and {extra for entry in wanted for extra in entry.split(",")} <= set(extras)
+    files = [*PAGES, *(ROOT / "src").rglob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    wanted = [entry for text in texts.values() for entry in re.findall(r"pip install '\.\[([\w,]+)\]'", text)]
+    wanted += [entry for text in texts.values() for entry in re.findall(r"""install_extra\(['"](\w+)['"]\)""", text)]
+    assert len(wanted) > 5 and {extra for entry in wanted for extra in entry.split(",")} <= set(extras)
+    by_name = re.compile(r"pip install '?alula\b")  # a name that is on no index yet, and may be taken by somebody
+    assert [name for name, text in texts.items() if by_name.search(text)] == []
 
 
 def test_the_guides_rows_and_recipe_are_read(tmp_path):
@@ -124,6 +153,21 @@ def test_the_guides_rows_and_recipe_are_read(tmp_path):
     assert len(alula.read_samples(tmp_path / "invoices.jsonl")) == len([json.loads(row) for row in rows.splitlines()])
     (tmp_path / "recipe.yaml").write_text(blocks(GUIDE, "yaml")[0], encoding="utf-8")
     assert [choice.name for choice in read_recipe(tmp_path / "recipe.yaml").tasks] == ["invoices", "receipts"]
+
+
+def test_the_guides_messages_are_those_that_come(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = re.search(r"^```\n(Error .*?)^```", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)[1]
+    good, came = {"question": "a", "answer": "b"}, []
+    for row in ({"image": "scans/3.png", "question": "a", "anser": "b"}, {**good, "image": "scans/5.png"}):
+        write_jsonl("invoices.jsonl", [good] * (2 if "anser" in row else 5) + [row])
+        with pytest.raises(UserError) as caught:
+            alula.read_samples("invoices.jsonl")
+        came.append(str(caught.value))
+    with pytest.raises(UserError) as caught:
+        check_train(parse_settings(["stpes=100"]))
+    came.append(re.sub(r"(?s)Known: .*?\. ", "Known: [...] ", str(caught.value)))
+    assert shown.split() == " ".join(f"Error {message}" for message in came).split()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -140,13 +184,27 @@ def test_every_link_leads_somewhere(page):
 
 def test_every_command_in_the_pages_exists_with_its_options():
     known = verbs()
-    named = {words[1] for words in commands()}
-    mentioned = {word for page in PAGES for word in re.findall(r"`alula ([a-z]+)", page.read_text(encoding="utf-8"))}
-    assert mentioned | named <= set(known)
-    assert {"learn", "eval", "generate", "report", "list", "run"} <= named
-    for _, verb, *words in commands():
-        accepted = {option for parameter in known[verb].params for option in parameter.opts}
+    assert {program for program, *_ in typed()} == {"alula", "torchrun", "accelerate"}
+    assert {"learn", "eval", "generate", "report", "list", "run", "recommend", "gate"} <= {verb for verb, *_ in commands()}
+    for verb, *words in (*commands(), *mentioned()):
+        assert verb in known, verb
+        accepted = {option for parameter in known[verb].params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
         assert {word for word in words if word.startswith("--")} <= accepted, words
+
+
+def test_every_recipe_in_the_pages_names_what_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "ds_config.json", {})  # what a page on DeepSpeed calls its file
+    shown = [yaml.safe_load(block) for page in PAGES for block in blocks(page, "yaml")]
+    parts = [raw for raw in shown if isinstance(raw, dict) and "task" not in raw]  # not steps of a workflow, not a task of lm-eval
+    assert len(parts) > 8
+    for raw in parts:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"tasks": ["easy_vqa"], "methods": ["routed"], **raw}), encoding="utf-8")
+        for recipe in [point.recipe for point in read_grid("recipe.yaml").points] if "grid" in raw else [read_recipe("recipe.yaml")]:
+            check_methods(recipe)
+            tasks = [*recipe.tasks, *recipe.base_tasks]
+            named = [task for task in tasks if not task.blend] + [source for task in tasks for source in task.blend]
+            assert {one.name for one in named if one.path is None} <= {*TASKS, *(SOURCE + kind for kind in RATIOS)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

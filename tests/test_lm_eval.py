@@ -19,6 +19,7 @@ from alula.evaluation.harnesses.lm_eval import LiveModel, run_tasks
 from alula.evaluation.harnesses.names import check_names
 from alula.files import read_json, read_jsonl
 from alula.running.learn import open_model, open_pool
+from live_weights import watched
 from taught_pool import taught_pool
 from zoo.parts import picture
 
@@ -134,8 +135,10 @@ def test_a_live_models_numbers_are_those_of_lm_evals_own_class(desk, bare):
         assert_close(answers(live(bare), tasks, desk), answers(reference, tasks, desk))
 
 
-def test_the_model_is_used_where_it_is(bare):
-    assert live(bare).model is bare.model
+def test_the_model_is_used_where_it_is_and_no_weight_is_copied(desk, bare):
+    with watched(bare.model) as weights:
+        answers(live(bare), ["toy_said", "toy_seen"], desk)
+    assert len(weights.forwards) > 4 and weights.stayed
 
 
 def test_with_its_experts_turned_off_a_pool_has_the_bare_models_numbers(desk, bare, pooled):

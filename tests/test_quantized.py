@@ -55,5 +55,5 @@ def test_a_base_of_four_bits_cannot_be_merged_into(saved):
 
 def test_four_bits_without_bitsandbytes_says_what_to_install(saved, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'alula\[quantization\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[quantization\]'"):
         load_model(saved, dtype="4bit")

@@ -140,8 +140,8 @@ def test_relative_images_start_at_image_root(folder: Path, tmp_path_factory: pyt
 
 
 BAD_ROWS = {
-    "too few images": (chat(("user", "<image> <image>"), ("assistant", "a"), image="a.png"), "2 '<image>' placeholders but 1 images"),
-    "too many images": (chat(("user", "<image>"), ("assistant", "a"), images=["a.png", "b.png"]), "1 '<image>' placeholders but 2 images"),
+    "too few images": (chat(("user", "<image> <image>"), ("assistant", "a"), image="a.png"), "2 '<image>' placeholders but 1 image\\."),
+    "too many images": (chat(("user", "<image>"), ("assistant", "a"), images=["a.png", "b.png"]), "1 '<image>' placeholder but 2 images"),
     "missing image": (qa(image="c.png"), "no image file .*c.png. Correct the path"),
     "web image": (qa(image="https://example.org/a.png"), "is a web address. Download"),
     "broken data URI": (qa(image="data:image/png;base64,***"), "not valid base64"),
@@ -170,7 +170,7 @@ BAD_ROWS = {
     ),
     "unknown part": (chat(("user", [{"type": "audio"}]), ("assistant", "c")), "a content part is dict {'type': 'audio'}. Known"),
     "question of another type": (qa(question=3), "'question' is int 3"),
-    "images without a question": ({"text": "a", "image": "a.png"}, "1 images, but no user message"),
+    "images without a question": ({"text": "a", "image": "a.png"}, "1 image, but no user message"),
     "row of another type": ([1], "a list came, an object with keys is wanted"),
 }
 

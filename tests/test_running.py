@@ -130,16 +130,16 @@ def test_finished_cells_are_skipped_and_another_recipe_is_refused(tiny, finished
     said = []
     run_recipe(recipe(tiny), finished, say=said.append)
     assert all(line.endswith("done already") for line in said)
-    with pytest.raises(UserError, match="another recipe"):
-        run_recipe(recipe(tiny, seeds=[0, 1]), finished)
+    with pytest.raises(UserError, match=r"another recipe .*: train\.steps was 2, is 3\. Methods and seeds may be added"):
+        run_recipe(recipe(tiny, train={"steps": 3, "batch_size": 4, "learning_rate": 1e-2}), finished)
 
 
 def test_a_crashed_cell_is_written_down_and_loses_no_other(tiny, tmp_path):
-    methods = [{"name": "finetune", "options": {"rnak": 2}}, {"name": "finetune_full"}]
+    methods = [{"name": "finetune", "options": {"layers": [99]}}, {"name": "finetune_full"}]
     said = []
     crashed = run_recipe(recipe(tiny, methods=methods), tmp_path / "run", say=said.append)
     assert crashed == 1
-    assert "rnak" in json.loads((tmp_path / "run/cells/finetune-seed0/crashed.json").read_text())["error"]
+    assert "no decoder layer 99" in json.loads((tmp_path / "run/cells/finetune-seed0/crashed.json").read_text())["error"]
     assert (tmp_path / "run/cells/finetune_full-seed0/done.json").exists()
 
 

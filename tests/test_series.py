@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import run_folder
+from alula.evaluation.bootstrap import draw_counts
 from alula.files import read_jsonl, write_json, write_jsonl, write_text
 from alula.report import build_report, summary
 from alula.report.reading import read_run
@@ -51,6 +52,24 @@ def test_intervals_hold_their_mean(run: Path) -> None:
         for name in ("average_score", "backward_transfer", "base_forgetting"):
             metric = row["metrics"][name]
             assert metric["mean"] is None or metric["low"] <= metric["mean"] <= metric["high"]
+
+
+def test_the_share_of_unread_answers_is_resampled_as_scores_are(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for metric in (row["metrics"]["unparsed_share"] for row in summary(copy)):
+        assert metric["low"] <= metric["mean"] <= metric["high"] and metric["high"] > metric["low"]
+    draws = [draw_counts(NUM_SAMPLES, resamples=1000, seed=0, name=name) for name in TASKS]
+    unread = [
+        np.array([not line["parsed"] for line in read_jsonl(copy / f"cells/joint-seed0/predictions/row01/default/{name}.jsonl")])
+        for name in TASKS
+    ]
+    shares = sum(drawn @ values for drawn, values in zip(draws, unread, strict=True)) / (4 * NUM_SAMPLES)
+    joint = next(one for one in series_of(read_run(copy)) if one.name == "joint")
+    assert joint.members[0].resampled["unparsed_share"] == pytest.approx(shares)
+    path = copy / "cells/joint-seed1/predictions/row01/default/digits.jsonl"
+    write_jsonl(path, [{key: value for key, value in line.items() if key != "parsed"} for line in read_jsonl(path)])
+    found = next(row["metrics"]["unparsed_share"] for row in summary(copy) if row["series"] == "joint")
+    assert found["mean"] is not None and found["low"] is None  # the count is stored, which answers it were is not
 
 
 def test_joint_training_has_a_last_row_and_no_backward_transfer(run: Path) -> None:

@@ -86,7 +86,7 @@ def test_at_birth_the_teacher_says_what_the_untouched_model_says(teacher):
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.experts.B[0].normal_()
         said = method.additions["distillation"].teacher_logits(model, batch)
-        assert torch.equal(said, tiny_model().eval()(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits)
+        assert torch.equal(said, plain_logits(tiny_model().eval(), batch))
     assert model.training and model.model.layers[1].self_attn.training
 
 

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from alula.adapters import Adapters, attach_adapters
     from alula.config import Recipe, read_recipe
     from alula.context import Routing
     from alula.data.collate import Collator
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
     from alula.methods import METHODS, Method
     from alula.mixture import Mixtures, attach, observe
     from alula.models import anatomy, load_model, load_processor
+    from alula.models.composition import add_encoder, compose
     from alula.peft_format import read_adapter
     from alula.pool import Pool
+    from alula.pool.adapter_folder import load_adapters, save_adapters
     from alula.report import build_report
     from alula.running.learn import generate, learn_task, open_pool
     from alula.running.run import run_recipe
     from alula.training import Trainer, TrainSettings
 
 _HOMES = {
+    "Adapters": "adapters",
     "Collator": "data.collate",
     "Learners": "learners",
     "METHODS": "methods",
@@ -45,14 +49,18 @@ _HOMES = {
     "TrainSettings": "training.settings",
     "Trainer": "training.loop",
     "UserError": "errors",
+    "add_encoder": "models.composition",
     "anatomy": "models.anatomy",
     "attach": "mixture",
+    "attach_adapters": "adapters",
     "attach_learners": "learners",
     "build_report": "report",
+    "compose": "models.composition",
     "evaluate_task": "evaluation.evaluate",
     "generate": "running.learn",
     "learn_task": "running.learn",
-    "load_model": "models",
+    "load_adapters": "pool.adapter_folder",
+    "load_model": "experts",  # not "models": this one loads upcycled models too
     "load_processor": "models",
     "load_task": "data.tasks",
     "observe": "mixture",
@@ -62,6 +70,7 @@ _HOMES = {
     "read_samples": "data.readers",
     "read_task": "data.readers",
     "run_recipe": "running.run",
+    "save_adapters": "pool.adapter_folder",
 }
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from alula.data.checking import check
 from alula.data.choices import Strict, TaskChoice
 from alula.errors import UserError, nearest
 from alula.overrides import put_change, split_change
+from alula.training.deepspeed_settings import with_deepspeed
 from alula.training.settings import TrainSettings
 
 Part = str | dict[str, Any]
@@ -88,6 +89,13 @@ class MethodChoice(Strict):
         return self.label or self.name
 
 
+class TrainChoice(TrainSettings):
+    """How the tasks of a run are trained."""
+
+    pack: int | None = Field(None, ge=1)
+    """Tokens of a row in which samples stand one after another without seeing each other (1 or more); None: one sample a row, padded."""
+
+
 class EvaluationSettings(Strict):
     """How the model is scored after each task."""
 
@@ -102,6 +110,18 @@ class EvaluationSettings(Strict):
 
     attention_shift: int = Field(0, ge=0)
     """Test samples of which the attention shift is measured before and after learning; 0: none."""
+
+    shots: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Also score every task with so many solved examples before each question, as ``4shot_<task>``; one number or several. 0 names
+    the scores without examples ``0shot_<task>``, beside the others."""
+
+    shots_as: Literal["chat", "vqa", "caption"] = "chat"
+    """How examples are written: as turns of the model's conversation, or as a published prompt (docs/few_shot.md)."""
+
+    @field_validator("shots", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
 
 
 class Recipe(Strict):
@@ -128,11 +148,15 @@ class Recipe(Strict):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     """One run of each method and order per seed (0 or more)."""
 
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    """Settings of the training loop."""
+    train: TrainChoice = Field(default_factory=TrainChoice)
+    """Settings of the training loop. ``deepspeed`` among them is a DeepSpeed config, a file or a mapping, that says some of the others."""
 
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Settings of scoring."""
+
+    cache_images: bool | Path = False
+    """Keep what a frozen image encoder makes of each image: below the run folder (true) or in a folder of that name, which runs may share;
+    at most 20 GB. For ``smol`` and models out of parts."""
 
     trackers: list[str] = Field(default_factory=list)
     """Where losses go besides the run folder: tensorboard, wandb ..."""
@@ -192,20 +216,23 @@ def read_raw(path: Path | str, *, changes: Iterable[str] | None = None) -> dict[
 
 
 def check_recipe(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """`raw` as a recipe.
+    """`raw` as a recipe; a DeepSpeed config becomes the training settings it stands for.
 
     Raises:
         UserError: an unknown key (with the nearest known), a bad value, the same task, method, seed or order twice, or an
             order that does not name every task once.
     """
+    if isinstance(raw.get("train"), dict):
+        raw = raw | {"train": with_deepspeed(raw["train"], kind=TrainChoice, where=where, path=("train",), dtype=raw.get("dtype"))}
     recipe = check(Recipe, raw, where)
     for number, choice in enumerate(recipe.methods):
-        check(TrainSettings, recipe.train.model_dump() | choice.train, where, path=("methods", number, "train"))
+        check(TrainChoice, recipe.train.model_dump() | choice.train, where, path=("methods", number, "train"))
     tasks = [choice.name for choice in (*recipe.tasks, *recipe.base_tasks)]
     _refuse_twice(where, "task", tasks, "Each task needs a name of its own: rename one.")
     methods = [choice.shown for choice in recipe.methods]
     _refuse_twice(where, "method", methods, "Give each of them a 'label' of its own: its results go into a folder of that name.")
     _refuse_twice(where, "seed", [str(seed) for seed in recipe.seeds], "It would be the same run: take one out.")
+    _refuse_twice(where, "number in 'evaluation.shots'", [str(shots) for shots in recipe.evaluation.shots], "Take one out.")
     _check_orders(recipe, where)
     return recipe
 
@@ -244,13 +271,13 @@ def check_task(**fields: Any) -> TaskChoice:
     return check(TaskChoice, fields, "task")
 
 
-def check_train(raw: dict[str, Any]) -> TrainSettings:
-    """`raw` as training settings.
+def check_train(raw: dict[str, Any], *, defaults: dict[str, Any] | None = None) -> TrainSettings:
+    """`raw` over `defaults` as training settings; a DeepSpeed config becomes those it stands for.
 
     Raises:
         UserError: an unknown key (with the nearest known) or a bad value.
     """
-    return check(TrainSettings, raw, "training settings")
+    return check(TrainSettings, with_deepspeed(raw, where="training settings", defaults=defaults), "training settings")
 
 
 def parse_settings(changes: Iterable[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def align(
     from alula.config import check_train, parse_settings
 
     defaults = {"steps": 400, "batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.05, "save_every": 100}
-    settings = check_train(defaults | parse_settings(set_ or []))
+    settings = check_train(parse_settings(set_ or []), defaults=defaults)
     choice = task_choice(task, train_size=train_size)
     from alula.aligning import align as run
     from alula.running.choices import load_choice

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from alula.config import TaskChoice
 
@@ -35,6 +37,25 @@ def task_choice(text: str, **fields: Any) -> "TaskChoice":
     if not name or (equals and not path):
         raise UserError(f"--task {text} came; name=file.jsonl, or the name of a built-in task alone, is wanted (see `alula list`).")
     return check_task(name=name, path=Path(path) if path else None, **fields)
+
+
+def refuse_given(context: typer.Context, *names: str, because: str) -> None:
+    """An option that would change nothing is refused, so that nobody believes it did.
+
+    Args:
+        names: of parameters; those that were typed (or set in the environment) are named in the message.
+        because: who does not use them: ``--harness``.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    from alula.errors import UserError
+
+    defaults = ("DEFAULT", "DEFAULT_MAP", None)
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if getattr(source, "name", None) not in defaults]
+    if given:
+        raise UserError(f"{', '.join(given)} came, which {because} does not use. Leave {'it' if len(given) == 1 else 'them'} out.")
 
 
 def quoted(folder: Path) -> str:

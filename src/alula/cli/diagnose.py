@@ -39,7 +39,7 @@ def diagnose(
     with progress() as bar:
         rows = [_measured(model, None, samples, batch_size, dtype, bar)]
         if tuned is not None:
-            rows.append(_measured(model, tuned, samples, batch_size, dtype, bar))
+            rows.append(_measured(model, tuned, samples, batch_size, dtype, bar, prompts=rows[0]["prompt_hash"]))
     write_json(out / FILE, rows)
     page = build_attention_page(rows, out=out / "attention_shift.html", title=f"{model} on {choice.name}")
     table = Table("", "attention shift", "n", "left out", "change")
@@ -50,11 +50,20 @@ def diagnose(
     results.print(f"Curves: {page}", markup=False, soft_wrap=True)
 
 
-def _measured(model: str, tuned: str | None, samples: "list[Sample]", batch_size: int, dtype: str, bar: "Progress") -> dict[str, Any]:
-    """One entry of the file; the model is gone when it is written, so that there is never more than one."""
+def _measured(
+    model: str, tuned: str | None, samples: "list[Sample]", batch_size: int, dtype: str, bar: "Progress", *, prompts: str = ""
+) -> dict[str, Any]:
+    """One entry of the file; the model is gone when it is written, so that there is never more than one.
+
+    Raises:
+        UserError: its chat template writes other `prompts` (their hash) than that of the model that was measured first.
+    """
     from alula.data.collate import Collator
+    from alula.errors import UserError
     from alula.evaluation.attention_shift import diagnose as run
     from alula.evaluation.generation import Around, untouched
+    from alula.evaluation.prompts import prompt_hashes
+    from alula.evaluation.scores import hash_of_all
     from alula.models import load_model
     from alula.pool import MANIFEST
     from alula.running.learn import open_pool
@@ -66,6 +75,12 @@ def _measured(model: str, tuned: str | None, samples: "list[Sample]", batch_size
         around = opened.mixtures.director.on_prompts if opened.mixtures else untouched
     else:
         loaded, processor = load_model(tuned or model, dtype=dtype)
+    read = hash_of_all(prompt_hashes(processor, samples, with_answers=True))
+    if prompts and read != prompts:
+        raise UserError(
+            f"{tuned} writes the samples in another way than {model} (hashes {read[:12]} and {prompts[:12]}): their chat templates differ, "
+            "and a change of attention would be the template's, too. Give both the same processor, or diagnose each by itself."
+        )
     name = "base model" if tuned is None else f"tuned: {Path(tuned).name}"
     line = bar.add_task(f"measuring {name}", total=len(samples))
     found = run(
@@ -76,4 +91,4 @@ def _measured(model: str, tuned: str | None, samples: "list[Sample]", batch_size
         around=around,
         progress=lambda done, total: bar.update(line, completed=done, total=total),
     )
-    return found.row(row=0 if tuned is None else 1, arm="default", name=name)
+    return {**found.row(row=0 if tuned is None else 1, arm="default", name=name), "prompt_hash": read}

@@ -85,6 +85,7 @@ def report(found: "Examination") -> list[Any]:
     """Tables and sentences, in the order in which they are printed."""
     from rich.table import Table
 
+    from alula.errors import counted
     from alula.report.format import show_bytes
 
     files = Table("file", "split", "rows", "usable", title="Data")
@@ -97,9 +98,12 @@ def report(found: "Examination") -> list[Any]:
     if found.longest:
         rows = "; ".join(f"{row.origin} {row.tokens} ({row.visual} of images)" for row in found.longest)
         parts.append(f"Longest rows: {rows}.")
-    if found.batch_bytes is not None:
-        forecast = f"Forecast: {found.batch_size} rows of the longest length keep about {show_bytes(found.batch_bytes)}"
-        parts.append(f"{forecast} of activations and logits. Weights, gradients and the optimizer come on top (docs/data.md).")
+    if found.batch_bytes is not None and found.usual_batch_bytes is not None:
+        longest, usual = (f"about {show_bytes(size)}" for size in (found.batch_bytes, found.usual_batch_bytes))
+        rows = counted(found.batch_size, "row")
+        forecast = f"Forecast: {rows} of the longest length keep {longest} of activations and logits, of the 90 % length {usual}."
+        top = "Weights, gradients and the optimizer come on top (docs/data.md)."
+        parts.append(f"{forecast} {top} Too much? Drop or shorten the longest rows, or train with --set micro_batch_size=1.")
     for (level, kind), count in found.counts.items():
         told = [finding.message for finding in found.findings if (finding.level, finding.kind) == (level, kind)]
         more = f"\n  ... and {count - SHOWN} more (--json has all)" if count > SHOWN else ""

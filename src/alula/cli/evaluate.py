@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from alula.running.learn import Opened
 
 HARNESSES = ("lm-eval", "lmms-eval")
+SHOTS = ("shots_by", "shots_as", "seed")
+"""Options that say which shots, where there are any."""
 
 
 def evaluate(
+    context: typer.Context,
     task: Annotated[list[str] | None, typer.Option(help="A built-in task, or name=file.jsonl. May be repeated.")] = None,
     pool: Annotated[
         Path | None, typer.Option(help="The pool's folder, or its name on the hub. Without it, --model is scored as it is.")
@@ -32,7 +35,7 @@ def evaluate(
     chat_template: Annotated[bool, typer.Option(help="lm-eval: write prompts as the model's conversations.")] = False,
     batch_size: Annotated[int, typer.Option(help="The harness's requests in one forward.", min=1)] = 8,
 ) -> None:
-    """Score a pool on tasks, as it would answer a user: no task is told."""
+    """Score a pool, or a model without one, on tasks or in another program's harness, as it would answer a user: no task is told."""
     from alula.cli.arguments import task_choice
     from alula.cli.screen import progress, results
     from alula.errors import UserError
@@ -44,6 +47,7 @@ def evaluate(
         raise UserError("There is no folder for the results. Give one with --out.")
     if bool(task) == bool(tasks) or bool(tasks) != bool(harness):
         raise UserError("Give --task for alula's own tasks and your files, or --harness with --tasks NAME,... for another program's.")
+    _refuse_unused(context, harness, shots)
     if harness:
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "chat_template": chat_template, "limit": limit}
         _harness(harness, str(tasks).split(","), pool, model, folder, batch_size=batch_size, options=options)
@@ -61,6 +65,24 @@ def evaluate(
         rows = score_pool(opened, loaded, out=folder, limit=limit, progress=bar, finish=finish)
     _table(rows, {"score": "score", "n": "num_samples", "unparsed": "unparsed", "metric": "metric"})
     results.print(f"Predictions: {folder}", markup=False, soft_wrap=True)
+
+
+def _refuse_unused(context: typer.Context, harness: str | None, shots: int | None) -> None:
+    """Options of the other kind of evaluation are refused.
+
+    Raises:
+        UserError: one was given.
+    """
+    from alula.cli.arguments import refuse_given
+
+    if harness is None:
+        refuse_given(context, "include_path", "num_fewshot", "chat_template", "batch_size", because="--task")
+    else:
+        refuse_given(context, "all_rows", "shots", *SHOTS, because="--harness")
+    if harness == "lmms-eval":
+        refuse_given(context, "num_fewshot", "chat_template", because="--harness lmms-eval")
+    if shots is None:
+        refuse_given(context, *SHOTS, because="--task without --shots")
 
 
 def _refuse_hub_name(pool: str) -> None:
@@ -112,15 +134,15 @@ def _harness(
     import logging
 
     from alula.cli.screen import notes, quiet_libraries, results
-    from alula.errors import UserError, nearest
+    from alula.errors import UserError, install_extra, nearest
 
     if name not in HARNESSES:
         raise UserError(f"Unknown harness '{name}'. {nearest(name, HARNESSES)}")
     try:
         module = importlib.import_module(f"alula.evaluation.harnesses.{name.replace('-', '_')}")
     except ImportError as error:
-        wanted = "pip install 'alula[eval]'" if name == "lm-eval" else "pip install lmms-eval (it needs torchvision)"
-        raise UserError(f"--harness {name} came, but it is not installed ({error}). Install it: {wanted}.") from error
+        wanted = install_extra("eval") if name == "lm-eval" else "Type: pip install lmms-eval torchvision"
+        raise UserError(f"--harness {name} came, but it is not installed ({error}). {wanted}") from error
     from alula.evaluation.generation import untouched
     from alula.evaluation.harnesses.results import summary, write_results
 

@@ -10,6 +10,7 @@ FEW = 20
 
 
 def learn(
+    context: typer.Context,
     task: Annotated[str, typer.Option(help="name=file.jsonl (or .json, .parquet, a folder), or the name of a built-in task.")],
     pool: Annotated[Path, typer.Option(help="The pool's folder; it is made if there is none.")],
     model: Annotated[
@@ -35,15 +36,17 @@ def learn(
     A row of the file, with images beside it:
     {"question": "What is this?", "answer": "a heron", "image": "heron.png"}
     """
-    from alula.cli.arguments import task_choice
+    from alula.cli.arguments import refuse_given, task_choice
     from alula.cli.launched import is_main, launched
     from alula.cli.screen import progress, silent
     from alula.config import check_train, parse_settings
     from alula.errors import UserError
 
+    if method == "wings":
+        refuse_given(context, "linears", "router", because="--method wings")
     choice = task_choice(task, test_path=test, scoring=scoring, train_size=train_size, test_size=test_size)
     with launched() as asked, silent(not is_main()), progress() as bar:
-        settings = check_train({"save_every": 20} | parse_settings([*(set_ or []), *asked]))
+        settings = check_train(parse_settings([*(set_ or []), *asked]), defaults={"save_every": 20})
         from alula.running.choices import load_choice
         from alula.running.learn import learn_task
 

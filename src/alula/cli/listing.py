@@ -6,6 +6,11 @@ from typing import Annotated
 import typer
 
 
+def first_sentence(kind: type) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
 def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; without it, all that alula knows by name.")] = None) -> None:
     """List a pool's experts, or every task, method, addition and router by name."""
     from alula.cli.screen import results
@@ -27,10 +32,10 @@ def listing(pool: Annotated[Path | None, typer.Argument(help="A pool folder; wit
     results.print(tasks)
     methods = Table("method", "what", title="Methods")
     for name in METHODS:
-        methods.add_row(name, (METHODS[name].__doc__ or "").splitlines()[0])
+        methods.add_row(name, first_sentence(METHODS[name]))
     results.print(methods)
     additions = Table("addition", "what", title="Additions to a method (`with`)")
     for name in ADDITIONS:
-        additions.add_row(name, (ADDITIONS[name].__doc__ or "").splitlines()[0])
+        additions.add_row(name, first_sentence(ADDITIONS[name]))
     results.print(additions)
     results.print(f"Arms of `routed`: {', '.join(ROUTINGS)}, oracle, uniform")

@@ -41,7 +41,7 @@ def pretrain(
     keywords, heads = PARTS.get(encoder, {}) | parse_settings(part or []), HEADS.get(objective, {}) | parse_settings(head or [])
     choice = task_choice(task, train_size=train_size) if task else None
     with launched() as asked, silent(not is_main()), progress() as bar:
-        settings = check_train(SHARED | SETTINGS.get(objective, {}) | parse_settings([*(set_ or []), *asked]))
+        settings = check_train(parse_settings([*(set_ or []), *asked]), defaults=SHARED | SETTINGS.get(objective, {}))
         from alula.data.enriched import enrich, name_pairs
         from alula.data.tasks import load_task
         from alula.running.choices import load_choice

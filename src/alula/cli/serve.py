@@ -24,7 +24,7 @@ def serve(
 ) -> None:
     """Serve /v1/chat/completions. `model` in a request is the pool's name, pool/expert, or base."""
     from alula.cli.screen import notes, quiet_libraries
-    from alula.errors import UserError
+    from alula.errors import UserError, install_extra
 
     if pool is None and model is None:
         raise UserError("Nothing to serve: give a pool's folder, or a model with --model.")
@@ -36,7 +36,7 @@ def serve(
 
         from alula.serving.server import build_app
     except ImportError as error:
-        raise UserError(f"The server's packages are missing ({error}). Install them: pip install 'alula[serve]'.") from error
+        raise UserError(f"The server's packages are missing ({error}). {install_extra('serve')}") from error
     import contextlib
     import socket
 

@@ -25,7 +25,8 @@ class SourceChoice(Strict):
     """One source of a blend: a built-in task, or a user's data."""
 
     name: str | None = None
-    """Of a built-in task (see `alula list`); None: `path` says what is read."""
+    """Of a built-in task (see `alula list`), or ``pretraining/captions``, ``pretraining/documents``, ``pretraining/text``
+    (docs/pretraining.md); None: `path` says what is read."""
 
     path: Path | None = Field(None, validate_default=True)
     """As for a task."""
@@ -158,9 +159,11 @@ def _blended(choice: TaskChoice) -> Task:
 
 def _source_task(source: SourceChoice, choice: TaskChoice) -> Task:
     if source.path is None:
+        from alula.data.documents import SOURCE, source_task
         from alula.data.tasks import load_task
 
-        return load_task(str(source.name))
+        name = str(source.name)
+        return source_task(name, **({"size": source.cap} if source.cap else {})) if name.startswith(SOURCE) else load_task(name)
     if choice.test_path is None:
         return read_task(choice.name, source.path, scoring=choice.scoring, **source.reading)
     path = find_splits(source.path)[0] if source.path.is_dir() else source.path

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from alula.data.collate import Collator
 from alula.data.forecast import DecoderShape, RowForecast
 from alula.data.formats import read_lines
 from alula.data.images import image_roots
+from alula.data.origins import shortest_names
 from alula.data.readers import find_shards, find_splits, sample_of
 from alula.data.sample import PLACEHOLDER, BadRow, Sample
-from alula.errors import UserError
+from alula.errors import UserError, counted
 
 PERCENTILES = (50, 90, 99, 100)
 NUM_LONGEST = 3
@@ -28,7 +29,7 @@ class Finding:
     Attributes:
         level: an error stops a training, a warning does not.
         kind: by which findings are counted.
-        origin: ``file.jsonl:12``.
+        origin: ``file.jsonl:12``, with the folders that tell it from another file of that name.
         message: what came, what is accepted, what to do.
     """
 
@@ -75,11 +76,13 @@ class Examination:
     Attributes:
         max_length: tokens; the longest row allowed, if anything limits it.
         batch_bytes: of a batch of the longest rows, see `DecoderShape.batch_bytes`; None where the decoder is not known.
+        usual_batch_bytes: of a batch of rows of which nine in ten are no longer.
     """
 
     batch_size: int
     max_length: int | None = None
     batch_bytes: int | None = None
+    usual_batch_bytes: int | None = None
     files: list[FileReport] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -115,7 +118,7 @@ class Examination:
             "files": [{"name": file.name, "split": file.split, "rows": file.num_rows, "usable": len(file.rows)} for file in self.files],
             "lengths": {name: {str(key): value for key, value in found.items()} for name, found in self.lengths.items()},
             "longest": [{"origin": row.origin, "tokens": row.tokens, "visual": row.visual} for row in self.longest],
-            "batch": {"size": self.batch_size, "bytes": self.batch_bytes},
+            "batch": {"size": self.batch_size, "bytes": self.batch_bytes, "bytes_of_90_percent": self.usual_batch_bytes},
             "max_length": self.max_length,
             "findings": [vars(finding) for finding in self.findings],
         }
@@ -148,12 +151,15 @@ def examine(
     limit = max_length or (shape.max_tokens if shape else None)
     found = Examination(batch_size=batch_size, max_length=limit)
     reader = _Reader(Collator(processor), found, limit)
-    for path, split in _files(train, test):
-        reader.read(path, split, image_root=image_root, format=format, progress=progress)
+    files = list(_files(train, test))
+    names = shortest_names([path for path, _ in files])
+    for path, split in files:
+        reader.read(path, split, name=names[path], image_root=image_root, format=format, progress=progress)
     reader.check_probes()
     found.findings += _repeated(found.files)
     if shape and found.rows:
-        found.batch_bytes = shape.batch_bytes(batch_size, found.longest[0].tokens)
+        found.batch_bytes = shape.batch_bytes(batch_size, found.lengths["tokens"][100])
+        found.usual_batch_bytes = shape.batch_bytes(batch_size, found.lengths["tokens"][90])
     return found
 
 
@@ -181,9 +187,16 @@ class _Reader:
         self._probes: dict[int, tuple[Sample, Row]] = {}
 
     def read(
-        self, path: Path, split: Literal["train", "test"], *, image_root: Path | str | None, format: str | None, progress: Callable
+        self,
+        path: Path,
+        split: Literal["train", "test"],
+        *,
+        name: str,
+        image_root: Path | str | None,
+        format: str | None,
+        progress: Callable[[str], None],
     ) -> None:
-        """All rows of one file."""
+        """All rows of one file, which is called `name` in their origins."""
         file = FileReport(name=str(path), split=split)
         self.found.files.append(file)
         roots = image_roots(path, root=image_root)
@@ -196,6 +209,7 @@ class _Reader:
                 return
             if line is None:
                 break
+            line = replace(line, origin=name + line.origin.removeprefix(path.name))
             progress(line.origin)
             file.num_rows += 1
             try:
@@ -268,9 +282,11 @@ def _repeated(files: Sequence[FileReport]) -> Iterator[Finding]:
                 message = f"{row.origin}: the same row as {first}. It counts twice: drop one, or give a blend a ratio instead."
                 yield Finding(level="warning", kind="duplicate", origin=row.origin, message=message)
     learnt_pictures = {picture for file in files if file.split == "train" for row in file.rows for picture in row.pictures}
-    tested = [row for file in files if file.split == "test" for row in file.rows if learnt_pictures.intersection(row.pictures)]
+    others = [row for file in files if file.split == "test" for row in file.rows if row.content not in seen["train"]]
+    tested = [row for row in others if learnt_pictures.intersection(row.pictures)]
     if tested:
-        message = f"{len(tested)} test rows, first {tested[0].origin}, show an image that train rows show too. Check that this is meant."
+        more = f" and {counted(len(tested) - 1, 'more test row')}" if len(tested) > 1 else ""
+        message = f"{tested[0].origin}{more}: an image of train rows under another text. Check that this is meant."
         yield Finding(level="warning", kind="shared image", origin=tested[0].origin, message=message)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from alula.data.blend import Blend, Source
 from alula.data.rendering import TEXT
 from alula.data.sample import PLACEHOLDER, ImageSource, Message, Sample
+from alula.data.stream import Task
 from alula.data.tasks import general_prompts, load_task
 from alula.data.tasks.asset_table import read_table
 from alula.data.tasks.drawing import decode, encode, place
@@ -20,6 +21,10 @@ from alula.errors import UserError, nearest
 
 RATIOS = {"captions": 45.0, "documents": 45.0, "text": 10.0}
 """Samples drawn of each kind. Source: MM1 (arXiv 2403.09611, sec. 3.3)."""
+SOURCE = "pretraining/"
+"""What the kinds' names begin with where a recipe's blend names them."""
+HELD_OUT = 30
+"""Test samples of each kind."""
 SIDE = 96
 """Pixels of a picture."""
 Row = dict[str, Any]
@@ -46,8 +51,7 @@ def pretraining_blend(*, ratios: dict[str, float] | None = None, size: int = 200
         (44, {'captions': 20, 'documents': 20, 'text': 4})
     """
     ratios = RATIOS if ratios is None else ratios
-    if not set(ratios) <= set(RATIOS):
-        raise UserError(f"Unknown kind of data '{min(set(ratios) - set(RATIOS))}'. {nearest(min(set(ratios) - set(RATIOS)), RATIOS)}")
+    _check(*ratios)
     sources = []
     for name, ratio in ratios.items():
         if ratio > 0:
@@ -58,8 +62,37 @@ def pretraining_blend(*, ratios: dict[str, float] | None = None, size: int = 200
 
 def captions(count: int, *, seed: int = 0) -> list[Sample]:
     """Pictures, each followed by a sentence on what is there."""
-    found = load_task("captions", train_size=count, test_size=0, seed=seed).train
-    return [_document(f"captions/{sample.id}", [(sample.images[0], f"There is {sample.answer}.")]) for sample in found]
+    return [_caption(sample) for sample in load_task("captions", train_size=count, test_size=0, seed=seed).train]
+
+
+def source_task(name: str, *, size: int = 2000) -> Task:
+    """One kind as a source of a recipe's blend, in bits per byte.
+
+    Held out are captions of drawings of another vendor, documents that are put together anew from the same drawings, other texts.
+
+    Args:
+        name: `SOURCE` and one of `RATIOS`' names.
+        size: captions or documents to learn from.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    kind = name.removeprefix(SOURCE)
+    _check(kind)
+    if kind == "captions":
+        found = load_task("captions", train_size=size, test_size=HELD_OUT)
+        train, test = ([_caption(sample) for sample in part] for part in (found.train, found.test))
+    elif kind == "documents":
+        train, test = documents(size), documents(HELD_OUT, seed=size)
+    else:
+        train, test = texts()[:-HELD_OUT], texts()[-HELD_OUT:]
+    return Task(name=name, train=train, test=test, scoring="bits_per_byte")
+
+
+def _check(*kinds: str) -> None:
+    for kind in kinds:
+        if kind not in RATIOS:
+            raise UserError(f"Unknown kind of data '{kind}'. {nearest(kind, RATIOS)}")
 
 
 def texts() -> list[Sample]:
@@ -138,6 +171,10 @@ def _called(row: Row) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _caption(sample: Sample) -> Sample:
+    return _document(f"captions/{sample.id}", [(sample.images[0], f"There is {sample.answer}.")])
 
 
 def _document(name: str, parts: Iterable[Part]) -> Sample:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alula.data.images import image_source, shown
 from alula.data.sample import PLACEHOLDER, BadRow, ImageSource, Message, Sample
-from alula.errors import nearest
+from alula.errors import counted, nearest
 
 Row = dict[str, Any]
 Turns = list[tuple[str, Any]]
@@ -229,7 +229,7 @@ def _place_images(
 def _with_images_first(messages: list[Message], count: int, origin: str) -> tuple[Message, ...]:
     first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if first is None:
-        message = f"{origin}: {count} images, but no user message to put them in. Add one, or drop the images."
+        message = f"{origin}: {counted(count, 'image')}, but no user message. Add one to put them in, or drop the images."
         raise BadRow(message, kind="placeholders")
     asked = Message(role="user", content=f"{PLACEHOLDER}\n" * count + messages[first].content)
     return (*messages[:first], asked, *messages[first + 1 :])

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from alula.errors import UserError
+from alula.errors import UserError, counted
 
 ImageSource = Image.Image | bytes | Path
 PLACEHOLDER = "<image>"
@@ -62,7 +62,7 @@ class Sample:
         found = sum(message.content.count(PLACEHOLDER) for message in self.messages)
         if found != len(self.images):
             raise BadRow(
-                f"{where}: {found} '{PLACEHOLDER}' placeholders but {len(self.images)} images. "
+                f"{where}: {counted(found, repr(PLACEHOLDER) + ' placeholder')} but {counted(len(self.images), 'image')}. "
                 f"Write one '{PLACEHOLDER}' where each image belongs, or none at all to put them first.",
                 kind="placeholders",
             )

@@ -242,7 +242,8 @@ def _host(model: nn.Module, parts: Anatomy, index: int) -> nn.Module:
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise UserError(f"{type(module).__name__} takes no keywords, so its weights cannot be summed. Give a model of Transformers itself.")
     if any(isinstance(child, LearntPrefix) for child in module.children()):
-        raise UserError("This model has prefixes, which take attention but are no tokens. Attention shift is not defined for it.")
+        what = "This model has prefixes, which take attention but are no tokens. Attention shift is not defined for it."
+        raise UserError(f"{what} Leave it out of the evaluation, or measure another method.")
     return module
 
 
@@ -260,7 +261,8 @@ def _watching(host: nn.Module, columns: Float[Tensor, "batch tokens segments"], 
     def split(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         sums, width = output[1], kwargs[KEYWORD].shape[-1]
         if not isinstance(sums, Tensor) or sums.shape[-1] != width:
-            raise UserError(f"{type(module).__name__} hands no keywords to its attention, so its weights cannot be summed.")
+            what = f"{type(module).__name__} hands no keywords to its attention, so its weights cannot be summed."
+            raise UserError(f"{what} Give a model of Transformers itself.")
         tell(sums[..., width - count :])
         return (output[0], sums[..., : width - count] if width > count else None, *output[2:])
 

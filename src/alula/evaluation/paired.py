@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from alula.errors import UserError, nearest
 from alula.evaluation.bootstrap import Interval, draw_counts, percentile_interval
+from alula.evaluation.scores import check_prompts
 
 Values = Float[np.ndarray, " samples"]
 POWER = 0.8  # how often the smallest visible loss would fail the gate, over test sets of the same size
@@ -138,7 +139,7 @@ def match(base: Sequence[dict], tuned: Sequence[dict], *, tasks: Sequence[str] |
         tasks: the tasks to compare; None for all, which must be the same in both.
 
     Raises:
-        UserError: a task or a sample is in one of them only, or asks something else there, or has no usable score.
+        UserError: a task or a sample is in one of them only, asks something else there, in text or in template, or has no usable score.
     """
     sides = {"BASE": _by_task(base), "TUNED": _by_task(tuned)}
     wanted = list(dict.fromkeys(tasks if tasks is not None else [name for rows in sides.values() for name in rows]))
@@ -176,11 +177,11 @@ def _pair(task: str, base: Sequence[dict], tuned: Sequence[dict]) -> Pairs:
                     f"Task '{task}', sample '{key[0]}': the {what} is {str(row.get(what))[:60]!r} in BASE and "
                     f"{str(second[key].get(what))[:60]!r} in TUNED. Score the same test samples with both models."
                 )
+    check_prompts(task, first, second)
     kinds = {"loss_bits" in row for row in (*base, *tuned)}
     if len(kinds) > 1:
         raise UserError(f"Task '{task}' has bits per byte for some samples only. Score it in the same way with both models.")
-    is_prose = kinds == {True}
-    value = "loss_bits" if is_prose else "score"
+    is_prose, value = (True, "loss_bits") if kinds == {True} else (False, "score")
     weights, others = (np.array([_number(rows[key], "bytes", task) if is_prose else 1.0 for key in first]) for rows in (first, second))
     if (weights != others).any() or (weights <= 0).any():
         raise UserError(f"Task '{task}': the bytes of a sample are 0, or differ between BASE and TUNED. Score the same text with both.")
@@ -292,8 +293,7 @@ def smallest_visible_loss(pairs: Sequence[Pairs], *, limit: float, level: float)
     """
     if sum(one.num_samples for one in pairs) < math.log2(1 / level):
         return None  # every sample lost is still a coin's work
-    highest = 8.0 if pairs[0].is_prose else 1.0  # bits per byte: a model that knows nothing
-    tried = np.linspace(limit, max(limit, highest), 20_001)
+    tried = np.linspace(limit, max(limit, 8.0 if pairs[0].is_prose else 1.0), 20_001)  # 8 bits per byte: a model that knows nothing
     step = sum(1 / one.num_samples for one in pairs if one.is_binary) / len(pairs) ** 2
     noise = np.sqrt(sum(one.variance_if(tried) for one in pairs)) / len(pairs)
     seen = np.flatnonzero(tried - limit >= _errors(level) * noise + step)

@@ -1,11 +1,14 @@
 """What one answer is worth, and whether its form could be read at all. It knows no model."""
 
+import hashlib
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alula.data.sample import Sample
 from alula.data.stream import Task
+from alula.errors import UserError
 
 QUOTES = "\"'`´‘’‚“”„«»‹›「」『』"
 FINAL_PUNCTUATION = ".,;:!?…。、।؟،؛"
@@ -72,6 +75,7 @@ class Prediction:
         options: the ranked options; empty when the answer was generated.
         loss_bits: bits; total over the targets of a prose sample.
         bytes: bytes; UTF-8 length of a prose sample.
+        prompt_hash: of what the model read, as its chat template wrote it (see `hash_of`); empty where that is not known.
     """
 
     id: str
@@ -86,6 +90,7 @@ class Prediction:
     options: tuple[str, ...] = ()
     loss_bits: float | None = None
     bytes: int | None = None
+    prompt_hash: str = ""
 
     def as_row(self) -> dict[str, object]:
         """The prediction as one JSON object; what does not apply is left out."""
@@ -96,18 +101,25 @@ class Prediction:
             row["options"] = list(self.options)
         if self.loss_bits is not None:
             row |= {"loss_bits": self.loss_bits, "bytes": self.bytes}
+        if self.prompt_hash:
+            row["prompt_hash"] = self.prompt_hash
         return row
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """The score of one task: one cell of the score matrix."""
+    """The score of one task: one cell of the score matrix.
+
+    Attributes:
+        prompt_hash: of all its prompts, in any order; empty where one is not known. Scores with different ones do not compare.
+    """
 
     score: float
     num_samples: int
     unparsed: int
     metric: str
     higher_is_better: bool
+    prompt_hash: str = ""
 
 
 def score_task(task: Task, predictions: Iterable[Prediction]) -> TaskScore:
@@ -123,7 +135,42 @@ def score_task(task: Task, predictions: Iterable[Prediction]) -> TaskScore:
         unparsed=sum(not row.parsed for row in rows),
         metric=task.scoring,
         higher_is_better=task.scoring != "bits_per_byte",
+        prompt_hash=hash_of_all(row.prompt_hash for row in rows),
     )
+
+
+def hash_of(text: str) -> str:
+    """The first half of the SHA-256 of `text`, as 32 hex digits.
+
+    Example:
+        >>> hash_of("USER: Capital of Kenya? BOT:")
+        '6a2d1aefdd85c16bb309bc0c3590fd68'
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def hash_of_all(hashes: Iterable[str]) -> str:
+    """One hash of several, whatever their order; empty where there is none, or one of them is."""
+    found = sorted(hashes)
+    return hash_of("\n".join(found)) if found and found[0] else ""
+
+
+def check_prompts(task: str, first: Mapping[Any, Mapping[str, Any]], second: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Refuses to compare answers to the same samples (rows by the same keys) that were asked in other words.
+
+    What was scored before hashes were kept is taken on trust.
+
+    Raises:
+        UserError: the chat template wrote a sample in two ways.
+    """
+    for key, row in first.items():
+        one, other = row.get("prompt_hash"), second[key].get("prompt_hash")
+        if one and other and one != other:
+            raise UserError(
+                f"Task '{task}', sample '{row['id']}': the prompt as the model read it has the hash {one[:12]} in BASE and {other[:12]} in "
+                "TUNED. The sample is the same, so the chat templates differ, and a difference in scores would be theirs, too. "
+                "Give both models the same processor and score the task again."
+            )
 
 
 def prompt_text(sample: Sample) -> str:

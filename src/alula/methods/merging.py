@@ -4,7 +4,6 @@ import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -68,7 +67,8 @@ class Merging(Method):
         drop_ratio: share (0 to below 1) that DARE drops of each update. Default 0.9: the paper finds that fine-tuned models
             bear it.
         strength: multiplies the merged update, in every arm. Default 1: the paper's lambda for TIES without validation data.
-        options: how the experts are made (`Specialist`: rank, alpha, linears, layers).
+        rank, alpha: width and scale of the experts (see `Mixtures.grow`).
+        linears, layers: where they sit (see `attach`).
 
     Source: Yadav et al. 2023 (arXiv 2306.01708), Yu et al. 2024 (arXiv 2311.03099); both merge fully fine-tuned models.
 
@@ -87,7 +87,10 @@ class Merging(Method):
         density: float = 0.2,
         drop_ratio: float = 0.9,
         strength: float = 1.0,
-        **options: Any,
+        rank: int = 8,
+        alpha: float | None = None,
+        linears: Sequence[str] | str | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, settings=settings)
         for arm in arms:
@@ -99,7 +102,7 @@ class Merging(Method):
                 "and below 1. Correct them."
             )
         # Not as `mixtures`: no router decides anything here, so there is no routing to diagnose.
-        self.specialist = Specialist(model, settings=settings, **options)
+        self.specialist = Specialist(model, settings=settings, rank=rank, alpha=alpha, linears=linears, layers=layers)
         self.sites = self.specialist.mixtures.sites
         for path, mixture in self.sites.items():
             if not mixture.weight.is_floating_point():

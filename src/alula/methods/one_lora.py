@@ -51,7 +51,7 @@ class OneLoRA(Method):
 
 @METHODS.register("finetune")
 class Finetune(OneLoRA):
-    """Each task in turn, nothing kept of the former ones.
+    """One LoRA learns each task in turn, nothing kept of the former ones.
 
     Source: the lower baseline of every continual-learning paper; the LoRA is not merged between tasks, the optimizer is
     fresh for each.

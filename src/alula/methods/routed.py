@@ -11,7 +11,7 @@ from alula.context import BASE, OFF, Routing
 from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks import general_prompts
-from alula.errors import UserError
+from alula.errors import UserError, nearest
 from alula.methods.base import METHODS, Arm, Method, Stage
 from alula.mixture import Mixtures, attach, observe
 from alula.routers.named import ROUTINGS
@@ -58,7 +58,7 @@ class Routed(Method):
         super().__init__(model, settings=settings)
         for arm in arms:
             if arm not in (*ROUTINGS, ORACLE, UNIFORM):
-                raise UserError(f"Unknown arm '{arm}'. Known: {', '.join((*ROUTINGS, ORACLE, UNIFORM))}.")
+                raise UserError(f"Unknown arm '{arm}'. {nearest(arm, (*ROUTINGS, ORACLE, UNIFORM))}")
         self.mixtures: Mixtures = mixtures or attach(model, linears=linears, layers=layers)
         self.rank, self.alpha = rank, alpha
         self.arm_names = tuple(arms)

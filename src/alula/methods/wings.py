@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alula.data.sample import Sample
 from alula.data.stream import Task
-from alula.learners import Learners, attach_learners
+from alula.learners import LearnerConfig, Learners, attach_learners
 from alula.methods.base import METHODS, Method, Stage, plain_logits
 from alula.training.settings import TrainSettings
 
@@ -41,6 +41,8 @@ class Wings(Method):
     Raises:
         UserError: options that `attach_learners` refuses.
     """
+
+    further_options = LearnerConfig
 
     def __init__(
         self,

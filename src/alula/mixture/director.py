@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, Variable, prompt_mask
 from alula.errors import UserError
 from alula.mixture.mixture import introduce
+from alula.models.logits import keeping
 
 if TYPE_CHECKING:
     from alula.mixture.handle import Mixtures
@@ -105,7 +106,8 @@ class Director:
         hooks = [model.get_submodule(parts.layers[layer]).register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers]
         try:
             with self.mixtures.using(OFF):
-                model(**{key: value for key, value in inputs.items() if key not in _NOT_IN_A_PROMPT_PASS}, use_cache=False)
+                asked = {key: value for key, value in inputs.items() if key not in _NOT_IN_A_PROMPT_PASS}
+                model(**asked, **keeping(model, 1), use_cache=False)  # nobody reads the logits
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,25 @@ from alula.mixture.mixture import Mixture
 from alula.models.anatomy import Anatomy
 from alula.models.parameters import freeze_base
 from alula.routers import ROUTERS, GateRouter, PromptRouter, Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertState:
+    """One row of the table that `Mixtures.experts` gives.
+
+    Attributes:
+        name: the expert's, which is that of the task it learnt.
+        rank: width of its bottleneck; of several the widest.
+        active: it may speak in the next forward: the routing in force names it, or leaves the choice to a router.
+        trainable: its matrices or its gates get gradients.
+        merged: the weight with which it is in the model's own weights since `Mixtures.merge`; None: it is not.
+    """
+
+    name: str
+    rank: int
+    active: bool
+    trainable: bool
+    merged: float | None = None
 
 
 class Mixtures:
@@ -31,11 +51,28 @@ class Mixtures:
         self._override: Variable[Routing | None] = Variable("alula_routing", None)
         self.prompt_router = PromptRouter(layers=_prompt_layers(parts), dim=parts.hidden_size)
         self.director = Director(self)
+        self._merged: tuple[ExpertState, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        """The experts, in order of arrival."""
-        return list(next(iter(self.sites.values())).experts.names)
+        """The experts, in order of arrival; none after `detach`."""
+        return next((list(mixture.experts.names) for mixture in self.sites.values()), [])
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """What is on the model and what it does: one row for each expert, in order of arrival.
+
+        After `merge` the rows are those of the experts that were there; after `detach` there are none.
+        """
+        routing = self.current
+        named = self.names if routing.fixed is None else [name for name, weight in routing.fixed.items() if weight]
+        speaking = [routing.gate_of] if routing.gate_of else named
+        found = []
+        for index, name in enumerate(self.names):
+            own = [(mixture.experts.A[index], mixture.experts.B[index]) for mixture in self.sites.values()]
+            gates = [router.gates[index] for _, _, router in self._routers() if isinstance(router, GateRouter)]
+            trains = any(tensor.requires_grad for tensor in (*gates, *(matrix for pair in own for matrix in pair)))
+            found.append(ExpertState(name=name, rank=max(len(down) for down, _ in own), active=name in speaking, trainable=trains))
+        return tuple(found) or self._merged
 
     @property
     def current(self) -> Routing:
@@ -194,6 +231,7 @@ class Mixtures:
         for mixture in self.sites.values():
             deltas = (weight * mixture.experts.delta(name) for name, weight in weights.items())
             mixture.weight.copy_((mixture.weight.float() + sum(deltas, start=torch.tensor(0.0))).to(mixture.weight.dtype))
+        self._merged = tuple(replace(one, active=False, trainable=False, merged=weights.get(one.name)) for one in self.experts())
         return self.detach()
 
     def _check_places(self) -> None:

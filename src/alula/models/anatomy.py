@@ -29,6 +29,7 @@ CONNECTOR_NAMES = (
     "projector",
 )
 PARTS = ("decoder", "encoder", "connector")
+OF_SPARSE_EXPERT = re.compile(r"\.experts\.\d+\.")
 # The attribute by which a wrapper keeps what it wraps: ours, PEFT's.
 HOST_NAMES = ("host", "base_layer")
 
@@ -101,7 +102,8 @@ class Anatomy:
         """The linear layers of one part by path, never the head's.
 
         A path leads to what stands in the linear's place now: to its wrapper where there is one. What wrappers
-        themselves bring (experts, adapters) is not listed.
+        themselves bring (experts, adapters) is not listed, nor what lies in one of a feed-forward network's sparse experts:
+        it sees tokens without their rows.
 
         Args:
             part: decoder (its layers only), encoder or connector.
@@ -118,7 +120,11 @@ class Anatomy:
             raise UserError(f"Layers can be chosen in the decoder only, not in the {part}. Leave `layers` out.")
         roots = self._chosen(layers) if part == "decoder" else getattr(self, part)
         modules = {path: module for root in roots for path, module in walk(model.get_submodule(root), path=root)}
-        found = {path: module for path, module in modules.items() if isinstance(module, nn.Linear) and self.part_of(path) == part}
+        found = {
+            path: module
+            for path, module in modules.items()
+            if isinstance(module, nn.Linear) and self.part_of(path) == part and not OF_SPARSE_EXPERT.search(path)
+        }
         return _matching(found, pattern, part=part, fused=_fused(modules))
 
     def image_mask(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:

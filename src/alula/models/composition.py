@@ -22,6 +22,7 @@ from alula.models.composed import ComposedVLM
 from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import IMAGE_TOKEN, ComposedImageProcessor, ComposedProcessor, count_image_tokens
 from alula.models.instructions import EMBEDDED as EMBEDDED_SENTENCES
+from alula.models.loading import changes_of
 from alula.models.part_files import Part, Source, check_file, load_part, read_parts
 from alula.models.vision_mixture import STATISTICS, EncoderGroup, VisionMixture
 from alula.models.vision_parts import build_connector, build_encoder, build_gate, build_vision, plan_vision, start_afresh
@@ -242,7 +243,13 @@ def _text_config(place: str) -> PreTrainedConfig:
         raise UserError(
             f"There is no backbone in '{place}': {str(error).splitlines()[0]} Give the folder or hub name of a causal LM, or `smol`."
         ) from error
-    return config.text_config if isinstance(config, ComposedConfig) else config
+    text = config.text_config if isinstance(config, ComposedConfig) else config
+    if changes := [*changes_of(config), *changes_of(text)]:
+        raise UserError(
+            f"The backbone in '{place}' was changed by alula ({changes[0]}); a composition takes dense ones. Give the dense one; "
+            "`upcycle` makes the composed model sparse afterwards."
+        )
+    return text
 
 
 def _load_backbone(place: str, *, rows: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,13 +1,13 @@
 """A run folder becomes one HTML file that needs nothing else. It reads finished files and is imported by nobody but the CLI."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from alula.report.attention_shift import attention_view
 from alula.report.changes import change_view, lost_answers
 from alula.report.definitions import METRICS, OTHER_METRICS, TERMS
-from alula.report.format import show_time
+from alula.report.facts import facts_of
 from alula.report.page import write_page
+from alula.report.prompts import prompt_problems, prompt_versions
 from alula.report.reading import Run, read_run
 from alula.report.routing import diagnosis_rows, example_views, expert_colours, routing_views
 from alula.report.sections import (
@@ -19,11 +19,12 @@ from alula.report.sections import (
     stage_charts,
     summary_rows,
 )
-from alula.report.series import Series, series_of
+from alula.report.series import series_of
+from alula.report.shares import share_view
+from alula.report.sparse import sparse_view
 from alula.report.verdict import write_verdict
 
 View = dict[str, object]
-MACHINE_WORDS = ("machine", "cpu", "gpu", "device", "platform", "cores")
 
 
 def build_report(run_folder: Path | str, *, out: Path | str | None = None) -> Path:
@@ -51,12 +52,12 @@ def report_view(run: Run, page: Path) -> View:
     experts: dict[str, int] = {}
     if series and series[0].members:
         expert_colours(series[0].members[0].matrix.tasks, experts)
-    problems = [*run.problems, *(text for one in series for member in one.members for text in member.problems)]
+    problems = [*run.problems, *prompt_problems(run.cells), *(text for one in series for member in one.members for text in member.problems)]
     return {
         "title": run.folder.resolve().name,
-        "facts": _facts(run, series),
+        "facts": facts_of(run, series),
         "recipe": run.recipe_text,
-        "versions": run.versions,
+        "versions": run.versions | prompt_versions(run.cells),
         "verdict": write_verdict(
             series,
             failed=[cell.name for cell in run.cells if cell.state == "crashed"],
@@ -76,6 +77,8 @@ def report_view(run: Run, page: Path) -> View:
         "cost": cost_view(run, by_method),
         "routing": routing_views(series, experts),
         "diagnosis": diagnosis_rows(series),
+        "shares": share_view(run.cells),
+        "sparse": sparse_view(run.cells),
         "attention": attention_view(run.cells),
         "examples": example_views(run.cells, experts),
         "experts": [{"name": name, "colour": colour} for name, colour in experts.items()],
@@ -85,29 +88,3 @@ def report_view(run: Run, page: Path) -> View:
         ],
         "problems": list(dict.fromkeys(problems)),
     }  # fmt: skip
-
-
-def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
-    """What was run, in a few words; what the folder does not tell is left out."""
-    member = series[0].members[0] if series and series[0].members else None
-    cells = {state: sum(cell.state == state for cell in run.cells) for state in ("finished", "crashed", "unfinished")}
-    training = sum(row.get("seconds") or 0 for cell in run.cells for row in cell.cost)
-    testing = sum(row.get("seconds") or 0 for cell in run.cells for row in cell.scores)
-    steps = sorted({row["steps"] for cell in run.cells for row in cell.cost if row.get("steps")})
-    samples = sum(int(count) for count in member.matrix.counts) if member else 0
-    machine = [str(value) for key, value in run.versions.items() if any(word in key.lower() for word in MACHINE_WORDS)]
-    facts = [
-        ("Model", run.model),
-        ("Tasks, in order", " → ".join(member.matrix.tasks) if member else ""),
-        ("Base tasks", ", ".join(member.matrix.base_tasks) if member else ""),
-        ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
-        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in run.cells}))),
-        ("Other orders", "; ".join(" → ".join(cell.tasks) for cell in {cell.order: cell for cell in run.cells if cell.order}.values())),
-        ("Cells", ", ".join(f"{count} {state}" for state, count in cells.items() if count)),
-        ("Test samples", f"{samples} a row of the matrix" if samples else ""),
-        ("Steps a task", " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if steps else ""),
-        ("Training time", show_time(training) if training else ""),
-        ("Evaluation time", show_time(testing) if testing else ""),
-        ("Machine", ", ".join(machine)),
-    ]
-    return [(label, text) for label, text in facts if text]

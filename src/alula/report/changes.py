@@ -18,7 +18,7 @@ def change_view(series: Sequence[Series]) -> View:
     shown = [one for one in series if one.members and any(np.isfinite(_start(one.members[0], n)) for n in _names(one))]
     names = list(dict.fromkeys(name for one in shown for name in _names(one)))
     lines = [{"task": name, "cells": [_change_cell(one, name) for one in shown]} for name in names]
-    base = {name for one in shown for name in one.members[0].matrix.base_tasks}
+    base = {name for one in shown for name in one.members[0].matrix.base_tasks if name not in one.members[0].cell.shots}
     return {"heads": [one.name for one in shown], "lines": [line | {"is_base": line["task"] in base} for line in lines]}
 
 

@@ -4,7 +4,7 @@ A column is shown where something is known for it, so that tables of streams, of
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,12 +27,14 @@ class Known:
         value: to sort by; NaN where nothing is known.
         sd: the standard deviation over cells; empty for a single one.
         interval: over test samples; empty where there is none.
+        samples: test samples behind a measure, in one cell; 0 for what is no measure.
     """
 
     value: float = NAN
     text: str = ""
     sd: str = ""
     interval: str = ""
+    samples: int = 0
 
     @property
     def is_known(self) -> bool:
@@ -75,7 +77,8 @@ def measured(name: str) -> Column:
 
 def _measure(measure: Measure, series: Series) -> Known:
     over, digits = series.spread(measure.name), 3 if measure.unit == "bits" else 1
-    return _known(over.mean, over.sd, series.interval(measure.name), scale=measure.scale, digits=digits, is_signed=measure.is_signed)
+    known = _known(over.mean, over.sd, series.interval(measure.name), scale=measure.scale, digits=digits, is_signed=measure.is_signed)
+    return replace(known, samples=series.num_samples(measure.name)) if known.is_known else known
 
 
 def _known(mean: float, sd: float, interval: Interval | None, *, scale: float = 100.0, digits: int = 1, is_signed: bool = False) -> Known:
@@ -120,10 +123,15 @@ NEW_SKILL = Column(
 )
 
 
+def family_of(name: str) -> str:
+    """What the name of a probe task begins with, before the first ``_``."""
+    return name.partition("_")[0]
+
+
 def probe_families(series: Sequence[Series]) -> list[str]:
     """What the probe tasks' names begin with, before the first ``_``."""
     names = [name for one in series for member in one.members for name in member.matrix.base_tasks if name in member.matrix.probe_tasks]
-    return list(dict.fromkeys(name.partition("_")[0] for name in names))
+    return list(dict.fromkeys(map(family_of, names)))
 
 
 def probe_columns(family: str) -> list[Column]:
@@ -131,7 +139,7 @@ def probe_columns(family: str) -> list[Column]:
 
     def score(member: Member, rows: np.ndarray, *, row: int = -1) -> np.ndarray:
         matrix = member.matrix
-        own = [matrix.names.index(name) for name in matrix.base_tasks if name in matrix.probe_tasks and name.partition("_")[0] == family]
+        own = [matrix.names.index(name) for name in matrix.base_tasks if name in matrix.probe_tasks and family_of(name) == family]
         return rows[..., row, own].mean(-1) if own else np.full(rows.shape[:-2], np.nan)
 
     def change(member: Member, rows: np.ndarray) -> np.ndarray:

@@ -5,20 +5,28 @@ from pathlib import Path
 
 import numpy as np
 
+from alula.evaluation.measures import MEASURES
 from alula.report.by_task import TaskScores, scores_by_task, show_score, tasks_of
 from alula.report.columns import ATTENTION_CHANGE, NEW_SKILL, STORED, TIME, Column, Known, filled, measured, probe_columns, probe_families
 from alula.report.curves import curve_views
-from alula.report.definitions import MAIN
+from alula.report.facts import facts_of
 from alula.report.page import write_page
 from alula.report.pairs import pair_sentences, pair_view, pairs_of
 from alula.report.plots import plot_views
+from alula.report.prompts import prompt_problems
 from alula.report.reading import Run, read_run
 from alula.report.sections import colour_of, link_to, summary_rows
-from alula.report.series import Series, all_joint, series_of
+from alula.report.series import Series, series_of
 from alula.report.verdict import write_verdict
 
 View = dict[str, object]
 PAGE = "compare.html"
+KINDS = ("base_forgetting_understanding", "base_forgetting_generation")
+COMPARED = (
+    *("average_score", "average_over_stages", "gap_to_joint", "backward_transfer", "forgetting"),
+    *("base_forgetting", *KINDS, "base_bits_increase", "unparsed_share"),
+)
+"""The measures of the table, in its order."""
 
 
 def build_comparison(run_folder: Path | str, *, out: Path | str | None = None) -> Path:
@@ -49,10 +57,11 @@ def comparison_view(run: Run, page: Path) -> View:
     return {
         "title": run.folder.resolve().name,
         "report": link_to(report, page) if report.exists() else "",
-        "facts": _facts(run, series),
+        "facts": facts_of(run, series),
         "verdict": [
             *write_verdict(series, failed=[cell.name for cell in failed], waiting=[cell.name for cell in waiting]),
             *pair_sentences(pairs),
+            *prompt_problems(run.cells),
         ],
         "axis": axis,
         "columns": [column for column, _ in columns],
@@ -73,9 +82,14 @@ def comparison_view(run: Run, page: Path) -> View:
 
 
 def table_columns(series: Sequence[Series]) -> list[tuple[Column, list[Known]]]:
-    """The columns of the sortable table that have a number, with that of each series."""
+    """The columns of the sortable table that have a number, with that of each series.
+
+    Base tasks of one kind, understanding or generation, are named by it: their mean would say the same again.
+    """
     probes = [column for family in probe_families(series) for column in probe_columns(family)]
-    return filled(series, [*map(measured, MAIN), NEW_SKILL, *probes, ATTENTION_CHANGE, TIME, STORED])
+    found = filled(series, [*map(measured, COMPARED), NEW_SKILL, *probes, ATTENTION_CHANGE, TIME, STORED])
+    kinds = {MEASURES[name].label for name in KINDS} & {column.label for column, _ in found}
+    return [(column, known) for column, known in found if len(kinds) != 1 or column.label != MEASURES["base_forgetting"].label]
 
 
 def by_task_view(series: Sequence[Series], numbers: dict[str, int]) -> View:
@@ -93,17 +107,3 @@ def by_task_view(series: Sequence[Series], numbers: dict[str, int]) -> View:
     ]
     heads = [{"name": name, "is_base": name in base, "is_bits": name in bits} for name in (*tasks, *base)]
     return {"heads": heads, "lines": [line for line in lines if len(lines) > 1]}
-
-
-def _facts(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
-    orders = {member.cell.order: member.matrix.tasks for one in series for member in one.members}
-    states = {state: sum(cell.state == state for cell in run.cells) for state in ("finished", "crashed", "unfinished")}
-    learnt, between = ("Tasks, all at once", ", ") if all_joint(series) else ("Orders" if len(orders) > 1 else "Tasks, in order", " → ")
-    facts = [
-        ("Model", run.model),
-        (learnt, "; ".join(between.join(orders[order]) for order in sorted(orders))),
-        ("Methods", ", ".join(dict.fromkeys(cell.method for cell in run.cells))),
-        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in run.cells}))),
-        ("Cells", ", ".join(f"{count} {state}" for state, count in states.items() if count)),
-    ]
-    return [(label, text) for label, text in facts if text]

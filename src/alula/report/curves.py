@@ -48,7 +48,9 @@ def _order_view(series: Sequence[Series], colours: dict[str, int], order: int) -
         learnt = None if is_base else matrix.tasks.index(name) + 1
         drawn = line_chart(lines, x_labels=labels, unit=unit, description=f"score on {name}", learnt=learnt, from_zero=not is_base)
         note = "bits a byte, lower is better" if is_bits else "points"
-        charts.append({"title": name, "note": f"{note}; base task, never trained" if is_base else note, "svg": drawn})
+        if is_base:
+            note += "; with examples in the prompt" if name in shown[0][1][0].cell.shots else "; base task, never trained"
+        charts.append({"title": name, "note": note, "svg": drawn})
     return {
         "title": " → ".join(matrix.tasks),
         "order": order,

@@ -21,6 +21,7 @@ class Member:
         samples: what each test sample scored, for every column; without values where predictions are missing.
         sources: for each (row, task) the cell and the arm whose predictions are behind the score.
         unparsed: for each (row, task) the number of answers whose form could not be read.
+        unread: for every column which of its answers these are in the last row, 0 or 1; NaN where predictions do not tell.
         references: for each series that measures are held against, its cells to compare this one with.
     """
 
@@ -30,6 +31,7 @@ class Member:
     samples: tuple[TaskSamples, ...]
     sources: dict[tuple[int, str], Path]
     unparsed: dict[tuple[int, str], int]
+    unread: tuple[TaskSamples, ...]
     problems: tuple[str, ...] = ()
     references: dict[str, tuple["Member", ...]] = field(default_factory=dict)
 
@@ -45,23 +47,24 @@ class Member:
 
     @cached_property
     def resampled(self) -> dict[str, np.ndarray]:
-        """Every measure of a thousand resampled matrices; of answers, which are not resampled, an empty array."""
-        found = {name: np.array([]) for name in MEASURES}
-        return found | self.matrix.summarise(self.resampled_rows, references=self._references(is_resampled=True))
+        """Every measure of a thousand resampled matrices and of their answers."""
+        found = self.matrix.summarise(self.resampled_rows, references=self._references(is_resampled=True))
+        return found | self._of_answers(resample_rows(self.unread)[:, -1] * self.matrix.counts)
 
     @cached_property
     def summaries(self) -> dict[str, float]:
         """Every measure of the matrix and of its answers."""
-        values = self.matrix.summarise(references=self._references(is_resampled=False)) | self._of_answers()
+        unread = np.array([self.unparsed.get((self.matrix.num_learnt, name), np.nan) for name in self.matrix.names])
+        values = self.matrix.summarise(references=self._references(is_resampled=False)) | self._of_answers(unread)
         return {name: float(value) for name, value in values.items()}
 
-    def _of_answers(self) -> dict[str, np.ndarray]:
-        unread = np.array([self.unparsed.get((self.matrix.num_learnt, name), np.nan) for name in self.matrix.names])
+    def _of_answers(self, unread: np.ndarray) -> dict[str, np.ndarray]:
+        """The measures of answers, from how many could not be read in each column [..., columns]."""
         found = {}
         for name, one in MEASURES.items():
             if one.over == "answers":
                 columns = self.matrix.columns(one.over)
-                found[name] = one.function(unread[columns], self.matrix.counts[columns])
+                found[name] = np.broadcast_to(one.function(unread[..., columns], self.matrix.counts[columns]), unread.shape[:-1])
         return found
 
     def _references(self, *, is_resampled: bool) -> dict[str, np.ndarray]:
@@ -108,7 +111,7 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
     matrix = ScoreMatrix(
         tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits, ranked_tasks=ranked, probe_tasks=probes
     )
-    samples, problems = _read_samples(matrix, scores)
+    samples, unread, problems = _read_samples(matrix, scores)
     return Member(
         cell=cell,
         arm=arm,
@@ -116,6 +119,7 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
         samples=samples,
         sources={key: donor.predictions_path(row["row"], row["arm"], key[1]) for key, (row, donor) in scores.items()},
         unparsed={key: row.get("unparsed", 0) for key, (row, _) in scores.items()},
+        unread=unread,
         problems=(*_disorder(cell), *problems),
     )
 
@@ -138,12 +142,14 @@ def _order(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(name for name in placed if name), base
 
 
-def _read_samples(matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict, Cell]]) -> tuple[tuple[TaskSamples, ...], list[str]]:
-    """Per-sample scores of every column, checked against the stored scores."""
-    columns, problems = [], []
+def _read_samples(
+    matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict, Cell]]
+) -> tuple[tuple[TaskSamples, ...], tuple[TaskSamples, ...], list[str]]:
+    """Of every column what each sample scored, checked against the stored scores, and which answers of the last row are unread."""
+    columns, answers, problems = [], [], []
     for column, name in enumerate(matrix.names):
         values = np.full((len(matrix.rows), int(matrix.counts[column])), np.nan)
-        weights = None
+        unread, weights = np.full((1, values.shape[1]), np.nan), None
         for stage in range(len(matrix.rows)):
             if (stage, name) not in scores:
                 continue
@@ -153,10 +159,13 @@ def _read_samples(matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict,
                 problems.append(f"{cell.name}, row {stage}, {name}: {len(lines)} predictions for {row['num_samples']} samples.")
                 continue
             values[stage] = [line["score"] for line in lines]
+            if stage == matrix.num_learnt:
+                unread[0] = [1 - line["parsed"] if "parsed" in line else np.nan for line in lines]
             if name in matrix.bits_tasks:
                 weights = np.array([line.get("bytes", 1) for line in lines], dtype=float)
             mean = float(np.average(values[stage], weights=weights)) if len(lines) else float("nan")
             if abs(mean - row["score"]) > 1e-4:
                 problems.append(f"{cell.name}, row {stage}, {name}: score {row['score']:.4f}, predictions give {mean:.4f}.")
         columns.append(TaskSamples(name=name, values=values, weights=weights))
-    return tuple(columns), problems
+        answers.append(TaskSamples(name=name, values=unread))
+    return tuple(columns), tuple(answers), problems

@@ -9,6 +9,7 @@ import numpy as np
 from alula.errors import UserError
 from alula.evaluation.bootstrap import Interval, percentile_interval
 from alula.files import read_json
+from alula.report.columns import family_of
 from alula.report.effects import Additive, draw_seeds
 from alula.report.format import show_interval
 from alula.report.members import Member, read_member
@@ -138,14 +139,25 @@ def _read_point(folder: Path, about: dict) -> Point:
 
 
 def outcomes_of(ablation: Ablation) -> list[Outcome]:
-    """The average score, then the last score of each task that all finished cells have."""
+    """The average score, the mean over each family of probe tasks, then the last score of each task that all finished cells have.
+
+    What the grid names as its outcome comes first.
+    """
     members = [member for point in ablation.whole for member in point.members]
     if len(ablation.whole) < 2:
         return []
-    shared = [name for name in members[0].matrix.names if all(name in member.matrix.names for member in members)]
-    learnt = [name for name in shared if name in members[0].matrix.tasks]
-    found = [_outcome(ablation, AVERAGE, _average)] if len(learnt) != 1 else []
-    return [one for one in (*found, *(_outcome(ablation, name, _last(name)) for name in shared)) if np.isfinite(one.grand)]
+    matrix = members[0].matrix
+    shared = [name for name in matrix.names if all(name in member.matrix.names for member in members)]
+    found = [_outcome(ablation, AVERAGE, _average)] if len([name for name in shared if name in matrix.tasks]) != 1 else []
+    families: dict[str, list[str]] = {}
+    for name in shared:
+        if name in matrix.probe_tasks - matrix.bits_tasks:
+            families.setdefault(family_of(name), []).append(name)
+    found += [_outcome(ablation, family, _last(*names)) for family, names in families.items() if len(names) > 1]
+    found += [_outcome(ablation, name, _last(name)) for name in shared]
+    chosen = ablation.about.get("outcome") or AVERAGE
+    known = [one for one in found if np.isfinite(one.grand)]
+    return sorted(known, key=lambda one: (one.name != chosen, family_of(one.name) != chosen))
 
 
 Values = Callable[[Member], tuple[float, np.ndarray]]
@@ -156,10 +168,10 @@ def _average(member: Member) -> tuple[float, np.ndarray]:
     return member.summaries["average_score"], member.resampled["average_score"]
 
 
-def _last(name: str) -> Values:
+def _last(*names: str) -> Values:
     def values(member: Member) -> tuple[float, np.ndarray]:
-        column = member.matrix.names.index(name)
-        return float(member.matrix.rows[-1, column]), member.resampled_rows[:, -1, column]
+        columns = [member.matrix.names.index(name) for name in names]
+        return float(member.matrix.rows[-1, columns].mean()), member.resampled_rows[:, -1, columns].mean(axis=-1)
 
     return values
 

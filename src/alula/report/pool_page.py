@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from alula.evaluation.bootstrap import Interval, bootstrap_interval, paired_interval
+from alula.evaluation.scores import hash_of_all
 from alula.files import read_jsonl
 from alula.pool.manifest import inside, read_manifest
 from alula.report.format import show, show_bytes, show_interval, show_time
 from alula.report.page import write_page
+from alula.report.prompts import SHOWN as HASH_SHOWN
 from alula.report.sections import link_to
 
 View = dict[str, object]
@@ -50,6 +52,11 @@ class Measured:
         """The samples, in order."""
         return [str(row["id"]) for row in self.rows]
 
+    @property
+    def prompts(self) -> str:
+        """The hash of all prompts as the model read them; empty where it was not kept."""
+        return hash_of_all(row.get("prompt_hash", "") for row in self.rows)
+
 
 def build_pool_report(folder: Path | str, *, out: Path | str | None = None) -> Path:
     """Writes the report of a pool and gives its path.
@@ -71,7 +78,8 @@ def pool_view(home: Path, manifest: dict, page: Path) -> View:
     """Everything the template shows."""
     experts = manifest["experts"]
     names = [expert["name"] for expert in experts]
-    others = [path for path in sorted((home / "evaluation").glob("*.jsonl")) if path.stem not in names]
+    evaluated = {path.stem: _measured(inside(path, root=home)) for path in sorted((home / "evaluation").glob("*.jsonl"))}
+    prompts = [f"{name} {found.prompts[:HASH_SHOWN]}" for name, found in evaluated.items() if found.prompts]
     return {
         "title": home.resolve().name,
         "folder": str(home),
@@ -80,10 +88,11 @@ def pool_view(home: Path, manifest: dict, page: Path) -> View:
             ("Experts", str(len(experts))),
             ("Chosen by", manifest["arm"]),
             ("Stored", show_bytes(sum(_size(home, name) for name in names))),
+            *([("Prompts now (SHA-256)", ", ".join(prompts))] if prompts else []),
         ],
         "tasks": [_task_view(home, expert, page) for expert in experts],
         "others": [
-            {"name": path.stem, "now": _score_view(_measured(inside(path, root=home)), None, page)} for path in others
+            {"name": name, "now": _score_view(found, None, page)} for name, found in evaluated.items() if name not in names
         ],
         "answers": [found for name in names if (found := _answers(home, name))["rows"]],
     }  # fmt: skip
@@ -138,9 +147,11 @@ def _score_view(found: Measured, noted: float | None, page: Path) -> View:
 
 
 def _change_view(first: Measured, second: Measured) -> View:
-    """Second minus first on the same samples; better or worse only where the 95 % interval leaves out zero."""
+    """Second minus first on the same prompts; better or worse only where the 95 % interval leaves out zero."""
     if not first.rows or first.ids != second.ids:
         return {"text": show(None), "kind": "empty"}
+    if first.prompts and second.prompts and first.prompts != second.prompts:
+        return {"text": "asked with another chat template", "kind": "empty"}
     change = (second.score or 0.0) - (first.score or 0.0)
     if second.is_prose:  # long samples weigh more: the interval of a plain mean would be another number's
         return {"text": show(change, digits=3, is_signed=True), "kind": "same"}

@@ -59,6 +59,11 @@ class Cell:
         trained = [row["arm"] for row in self.scores if row["row"] > 0]
         return list(dict.fromkeys(trained or [row["arm"] for row in self.scores]))
 
+    @property
+    def shots(self) -> dict[str, Row]:
+        """The scores of the untouched model on tasks with solved examples before each question, by task."""
+        return {row["task"]: row for row in self.scores if row["row"] == 0 and row.get("shots") is not None}
+
     def predictions_path(self, row: int, arm: str, task: str) -> Path:
         """Where the predictions behind one score are."""
         return self.folder / "predictions" / f"row{row:02d}" / arm / f"{task}.jsonl"

@@ -177,7 +177,7 @@ def _stage_points(series: Series, is_base: bool) -> tuple[tuple[float, float], .
         values = []
         for matrix in matrices:
             names = matrix.base_tasks if is_base else matrix.tasks[:stage]
-            columns = [matrix.names.index(name) for name in names if name not in matrix.bits_tasks]
+            columns = [matrix.names.index(name) for name in names if name not in matrix.bits_tasks | matrix.probe_tasks]
             values.append(float(matrix.rows[stage, columns].mean()) if columns else float("nan"))
         value = float(np.mean(values))
         if np.isfinite(value):

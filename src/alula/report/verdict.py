@@ -7,6 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from alula.evaluation.bootstrap import Interval, percentile_interval
+from alula.evaluation.measures import MEASURES
 from alula.report.format import show, show_interval
 from alula.report.series import Series, on_shared_cells
 
@@ -27,9 +28,9 @@ def _tasks(series: Series) -> set[str]:
     return set(series.members[0].matrix.tasks) if series.members else set()
 
 
-def seed_noise(series: Sequence[Series]) -> float:
+def seed_noise(series: Sequence[Series], metric: str = "average_score") -> float:
     """Twice the standard error of a difference of two means over seeds, from the pooled deviation; 0 for single seeds."""
-    spreads = [one.spread("average_score") for one in series]
+    spreads = [one.spread(metric) for one in series]
     several = [s for s in spreads if s.count > 1 and np.isfinite(s.sd)]
     if not several:
         return 0.0
@@ -58,7 +59,7 @@ def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: S
     if ours:
         seeds = seed_noise(whole)
         sentences += [_best(ours, seeds), *_noise(noise_level(whole), seeds, several=any(len(one.orders) > 1 for one in whole))]
-        sentences += [*_against(ours, seeds), *_kept(ours[0]), *_references(ours[0], whole, seeds)]
+        sentences += [*_against(ours, seeds), *_kept(ours[0]), *_keepers(ours), *_references(ours[0], whole, seeds)]
     else:
         sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
     if failed:
@@ -68,15 +69,15 @@ def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: S
     return sentences
 
 
-def best_first(series: Sequence[Series]) -> list[Series]:
-    """By average score in the orders that all of them learnt; in all they have, where they share none."""
+def best_first(series: Sequence[Series], metric: str = "average_score") -> list[Series]:
+    """By a measure in the orders that all of them learnt; in all they have, where they share none."""
     shared = set.intersection(*(set(one.orders) for one in series)) if series else set()
 
     def mean(one: Series) -> float:
         members = [member for member in one.members if not shared or member.cell.order in shared]
-        return float(np.mean([member.summaries["average_score"] for member in members]))
+        return float(np.mean([member.summaries[metric] for member in members]))
 
-    return sorted(series, key=mean, reverse=True)
+    return sorted(series, key=mean, reverse=MEASURES[metric].higher_is_better)
 
 
 def _points(gap: float, interval: Interval | None, *, is_signed: bool = True) -> str:
@@ -129,6 +130,40 @@ def _kept(best: Series) -> list[Markup]:
         shown = show(bits, digits=3, is_signed=True), show_interval(interval, scale=1.0, digits=3)
         said.append(Markup("Prose {} ({} bits a byte {}).").format(judged, *shown))
     return [Markup(" ").join(said)] if said else []
+
+
+def _keepers(ours: Sequence[Series]) -> list[Markup]:
+    """After which of several methods base tasks and prose stand best, and which lost something of them."""
+    found = [
+        _keeper(ours, metric, what) for metric, what in (("base_forgetting", "Base tasks stand"), ("base_bits_increase", "Prose stands"))
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def _keeper(ours: Sequence[Series], metric: str, what: str) -> Markup:
+    """What the paired intervals tell of `metric`, of which lower is better; empty for fewer than two methods."""
+    known = best_first([one for one in ours if np.isfinite(one.spread(metric).mean)], metric)
+    if len(known) < 2:
+        return Markup("")
+    best, *others = known
+    seeds = seed_noise(known, metric)
+    gaps = [(other.name, *difference(other, best, metric)) for other in others]
+    behind = [name for name, gap, interval in gaps if gap > 0 and not _is_noise(gap, interval, seeds)]
+    changes = {one.name: _change(metric, one.spread(metric).mean, one.interval(metric)) for one in known}
+    said = Markup("{} best after <b>{}</b> ({} against the base model, n = {}), {}.").format(
+        what, best.name, changes[best.name], best.num_samples(metric),
+        f"better by more than noise than after {listed(behind[::-1])}" if behind else "but after no other method clearly worse",
+    )  # fmt: skip
+    losses = [(one.name, one.spread(metric).mean, one.interval(metric)) for one in reversed(known)]
+    lost = [f"{name} ({changes[name]})" for name, loss, interval in losses if loss > 0 and interval and interval.excludes(0.0)]
+    return said + Markup(" Clearly lost by {}.").format(listed(lost) or "none")
+
+
+def _change(metric: str, lost: float, interval: Interval | None) -> str:
+    """What a loss changes: ``−1.2 points [−2.0, −0.4]``, or bits a byte, of which more is worse."""
+    if metric == "base_bits_increase":
+        return f"{show(lost, digits=3, is_signed=True)} bits a byte {show_interval(interval, scale=1.0, digits=3)}".strip()
+    return _points(-lost, _flip(interval))
 
 
 def _flip(interval: Interval | None) -> Interval | None:
