@@ -12,7 +12,8 @@ def keeping(model: nn.Module, number: int | Tensor) -> dict[str, int | Tensor]:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> keeping(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)), 3)
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> keeping(LlamaForCausalLM(config), 3)
         {'logits_to_keep': 3}
     """
     known = inspect.signature(base_model(model).forward).parameters

@@ -16,6 +16,7 @@ def columns_needed(labels: Int[Tensor, "batch tokens"]) -> int:
     """How many of the last columns of the logits `at_targets` reads; all of them where there is no target.
 
     Example:
+        >>> import torch
         >>> columns_needed(torch.tensor([[-100, -100, -100, 7], [-100, -100, 5, -100]]))
         3
     """
@@ -48,6 +49,7 @@ def next_token_loss(logits: Float[Tensor, "batch last vocab"], labels: Int[Tenso
     Without a single target the mean is undefined and nan is returned; the training loop refuses such steps.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(1, 3, 4)
         >>> round(next_token_loss(logits, torch.tensor([[-100, 2, -100]])).exp().item(), 3)
         4.0
