@@ -250,7 +250,8 @@ class Trainer:
         size = sum(parameter.numel() for parameter in parameters.values())
         self.cost = replace(self.cost, trainable_parameters=max(size, self.cost.trainable_parameters))
         self.method.trained.update(parameters)
-        self._say("Task '%s', stage '%s' trains %s parameters:\n%s", task.name, stage.name, f"{size:,}", describe(parameters))
+        self._say("Task '%s', stage '%s' trains %s parameters in %d tensors.", task.name, stage.name, f"{size:,}", len(parameters))
+        logger.debug("They are:\n%s", describe(parameters))
         return parameters
 
     def _data(self, task: Task, stage: Stage) -> Steps:
