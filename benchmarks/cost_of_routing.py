@@ -1,10 +1,11 @@
 """What one more task costs, and what a large pool costs: routed experts against joint training anew at each arrival.
 
 Part 1: samples, seconds, FLOPs (torch.utils.flop_counter) and peak memory of each arriving task. `routed` trains one expert
-on the new task's data; `joint` trains one LoRA from the beginning on the data of all tasks so far. The row ``once`` is what a
-new pool does before its first task: general text goes through the model, so that foreign prompts stay with it. FLOPs are
-counted in a pass of their own, because that takes time; on a CPU the counter does not know fused attention. Part 2:
-milliseconds per token and stored bytes against the number of (random) experts, and what the formulas say, alone beyond them.
+on the new task's data, once more with the tasks in reverse order; `joint` trains one LoRA from the beginning on the data of
+all tasks so far. The row ``once`` is what a new pool does before its first task: general text goes through the model, so that
+foreign prompts stay with it. FLOPs are counted in a pass of their own, because that takes time; on a CPU the counter does not
+know fused attention. Part 2: milliseconds per token and stored bytes against the number of (random) experts, and what the
+formulas say, alone beyond them.
 
     python benchmarks/cost_of_routing.py --out docs/cost_of_routing.json       # writes docs/cost_of_routing.md beside it
 """
@@ -232,6 +233,18 @@ def _shown(row: Row | None) -> tuple[str, str, str, str]:
     return str(row["samples"]), f"{row['seconds']:.2f}", f"{row['flops'] / 1e9:.2f}", str(row["peak_megabytes"] or "–")
 
 
+def late_over_early(found: Row) -> str:
+    """Whether an arrival costs more for coming late: every task's cost in its later place over that in its earlier one."""
+    first = {row["name"]: row for row in found["arrivals"]["routed"] if row["task"]}
+    last = {row["name"]: row for row in found["routed_reversed"] if row["task"]}
+    pairs = [sorted((first[name], last[name]), key=lambda row: row["task"]) for name in first]
+    ratios = {key: [late[key] / early[key] for early, late in pairs] for key in ("samples", "flops", "seconds")}
+    shown = (f"{key} {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})" for key, found in ratios.items())
+    return (
+        f"The tasks once more in reverse order; a task's later place / its earlier one, median (smallest to largest): {', '.join(shown)}."
+    )
+
+
 def markdown(found: Row) -> str:
     """Both tables and the formulas."""
     lines = ["| task | " + " | ".join(f"{m} {label}" for label in ("samples", "seconds", "GFLOP", "peak MB") for m in ("routed", "joint"))]
@@ -241,7 +254,7 @@ def markdown(found: Row) -> str:
         lines.append(f"| {ours['task'] or 'once'} | " + " | ".join(value for pair in pairs for value in pair) + " |")
     totals = {m: {key: sum(row[key] for row in rows) for key in ("samples", "seconds", "flops")} for m, rows in found["arrivals"].items()}
     ratios = ", ".join(f"{key} {totals['joint'][key] / totals['routed'][key]:.1f}" for key in totals["joint"])
-    lines += ["", f"All arrivals together, joint / routed: {ratios}.", ""]
+    lines += ["", f"All arrivals together, joint / routed: {ratios}.", "", late_over_early(found), ""]
     lines += ["| experts | " + " | ".join(f"ms/token, {arm}" for arm in ARMS) + " | ms/prompt, base | ms/prompt, analytic |"]
     lines[-1] += " stored MB, analytic | the same on paper | extra multiply-adds, analytic | gate |"
     lines += ["|" + "---|" * (len(ARMS) + 7)]
@@ -285,6 +298,7 @@ def main() -> None:
     tasks = make_tasks(options)
     floor = resident("VmRSS") if Path("/proc/self/clear_refs").exists() else None
     found: Row = {"arrivals": {method: cost_per_arrival(method, tasks, options, floor) for method in ("routed", "joint")}}
+    found["routed_reversed"] = cost_per_arrival("routed", tasks[::-1], options, None)
     parts = make_pool(options)
     found["pools"] = [pool_row(parts, count, options) for count in options.experts]
     found["pools"] += [{"experts": count, "on_paper": on_paper(parts[1], count, options)} for count in options.beyond]

@@ -46,6 +46,8 @@ def test_an_arriving_task_costs_an_expert_the_same_and_joint_training_more_each_
     assert once["name"] == "once"
     assert [row["samples"] for row in routed] == [2 * 2 + 4] * 3  # steps, then statistics over all four
     assert [row["samples"] for row in joint] == [4, 8, 12]
+    again = {row["name"]: row for row in found["routed_reversed"]}
+    assert all(again[row["name"]]["flops"] == row["flops"] for row in routed)  # wherever in the stream it comes
     flops = [row["flops"] for row in joint]
     assert flops == sorted(flops) and flops[2] > 2 * flops[0] > 0
 
