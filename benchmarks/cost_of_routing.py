@@ -142,6 +142,7 @@ def grow_to(mixtures: Mixtures, count: int, *, rank: int) -> None:
         described = torch.cat([seen, torch.ones(8, 1)], dim=1)  # the last column: they had images
         for known in (name, BASE) if number == 0 else (name,):
             router.observe(known, [described] * len(router.layers))
+    mixtures.freeze()  # as they are in a pool that is opened: what routers derive from gates that train is made anew for each token
 
 
 def routing_of(arm: str, mixtures: Mixtures) -> Routing:
@@ -205,9 +206,8 @@ FORMULAS = """\
 n, d: inputs and outputs of a linear layer; r: rank; E: experts; w: width of a prompt's description; L: layers it is taken at.
 
 - stored per expert: 4 sum r(n + d) bytes; gates 4 sum n; analytic router 4 L w(w + 1)/2 + 8 L (w + 1) + 8
-- multiply-adds per token beyond the base model: oracle and analytic sum r(n + d), whatever E; gate as implemented
-  E sum n for the scores + E sum r(n + d) for the experts, all of which are computed; if only the two best were,
-  E sum n + 2 sum r(n + d)
+- multiply-adds per token beyond the base model: oracle and analytic sum r(n + d), whatever E; gate E sum n for the scores
+  + 2 sum r(n + d) for its two best experts
 - once per prompt: analytic one more pass of the base model over the prompt + E L w"""
 
 
@@ -219,7 +219,7 @@ def on_paper(mixtures: Mixtures, count: int, options: argparse.Namespace) -> Row
     router = mixtures.prompt_router
     width, layers = router.width or router.statistics[0].dim, len(router.layers)
     analytic = 4 * layers * width * (width + 1) // 2 + 8 * layers * (width + 1) + 8
-    shares = {"analytic": low_rank, "gate": count * (inputs + low_rank), "gate_top2": count * inputs + 2 * low_rank}
+    shares = {"analytic": low_rank, "gate": count * inputs + min(count, 2) * low_rank}
     return {
         "stored_bytes": {"expert": 4 * low_rank * count, "gate": 4 * inputs * count, "analytic": analytic * count},
         "extra_share_per_token": {name: extra / linears for name, extra in shares.items()},
