@@ -23,9 +23,8 @@ def main() -> None:
         draws = np.mean([first[key].resampled[measure] - second[key].resampled[measure] for key in shared], axis=0)
         found = percentile_interval(draws)
         shown = f"[{found.low:+.4f}, {found.high:+.4f}]" if found else ""
-        print(
-            f"{measure}, {pair.replace(',', ' - ')}: {np.mean(gaps):+.4f} {shown}, above in {sum(gap > 0 for gap in gaps)} of {len(gaps)} cells"
-        )
+        above, name = sum(gap > 0 for gap in gaps), pair.replace(",", " - ")
+        print(f"{measure}, {name}: {np.mean(gaps):+.4f} {shown}, above in {above} of {len(gaps)} cells")
 
 
 if __name__ == "__main__":
