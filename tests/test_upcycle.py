@@ -7,10 +7,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alula import Collator, Stream, Task, Trainer, TrainSettings
+from alula.data.packing import PackingCollator
+from alula.data.sample import Sample
 from alula.errors import UserError
 from alula.experts.gated_products import grouped_outputs, is_gated
 from alula.experts.sparse_ffn import ScoreLog, SparseFFN, choose_experts, logged_scores
-from alula.experts.upcycling import load_upcycled, routing_statistics, upcycle
+from alula.experts.upcycling import load_upcycled, routing_statistics, upcycle, valid_tokens
 from alula.files import read_jsonl
 from alula.methods import METHODS, compose
 from alula.objectives import load_balance_loss, router_z_loss
@@ -210,6 +212,19 @@ def test_balance_losses_leave_padding_out_and_see_the_forward_that_is_learnt_fro
     torch.testing.assert_close(parts["router_z"], 0.001 * sum(router_z_loss(each, valid) for each in found) / 2)
     log.close()
     method.end_task(model, task)
+
+
+def test_padding_of_packed_rows_does_not_count():
+    collator = Collator(build("llava")[1])
+    asked = [Sample.ask(text, "red", id=text) for text in ("how many?", "what colour is the square?", "is the star left?")]
+    lengths = [collator([sample])["input_ids"].shape[1] for sample in asked]
+    batch = PackingCollator(collator, form="mask", max_length=sum(lengths) - 1)(asked)  # two rows, of which one is padded
+    scores = torch.randn(*batch["input_ids"].shape, 4)
+    valid = valid_tokens(batch["attention_mask"], scores)
+    assert valid.sum() == sum(lengths) < valid.numel()
+    assert [sorted(row, reverse=True) for row in valid.tolist()] == valid.tolist()
+    other = torch.where(valid[..., None], scores, torch.randn_like(scores))
+    assert torch.equal(load_balance_loss(scores, valid), load_balance_loss(other, valid))
 
 
 def test_statistics_say_who_got_how_much_and_what_was_dropped():

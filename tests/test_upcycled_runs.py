@@ -3,7 +3,6 @@
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from alula import anatomy, load_model
@@ -20,8 +19,8 @@ from alula.report.build import build_report
 from alula.running.choices import load_chosen
 from alula.running.grid import read_grid
 from alula.running.run import run_recipe
+from composed_models import VIT, save_backbone
 from html_page import Page
-from test_composed_parts import BACKBONE, SPECIAL, VIT, bytes_tokenizer
 from tiny_runs import recipe, save_tiny
 
 UPCYCLE = {"experts": 3, "every": 2, "top_k": 2, "capacity": 1.0}
@@ -121,9 +120,7 @@ def composed(tmp_path_factory):
     """The folders of a tiny causal LM, and of a sparse model composed around it, with that model's logits."""
     folder = tmp_path_factory.mktemp("composed")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**BACKBONE)).save_pretrained(folder / "lm")
-    bytes_tokenizer(SPECIAL).save_pretrained(folder / "lm")
-    model, processor = compose(folder / "lm", VIT)
+    model, processor = compose(save_backbone(folder / "lm"), VIT)
     upcycle(model, experts=2, every=1)
     model.save_pretrained(folder / "moe")
     processor.save_pretrained(folder / "moe")

@@ -12,7 +12,7 @@ def adopt(
     name: Annotated[str, typer.Option(help="What the expert is called.")],
     data: Annotated[Path | None, typer.Option(help="Rows of what the adapter is for: most routers need some, scores do.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model, for a new pool, or where it is if not where the pool says.")] = None,
-    scoring: Annotated[str, typer.Option(help="exact_match, or ranked for rows with options.")] = "exact_match",
+    scoring: Annotated[str, typer.Option(help="exact_match, ranked for rows with options, or box_iou for boxes.")] = "exact_match",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Take in a LoRA adapter that PEFT, TRL or another tool trained. Its weights stay as they are; nothing is trained."""

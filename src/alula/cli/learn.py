@@ -17,7 +17,7 @@ def learn(
         str | None, typer.Option(help="The base model: smol, a folder, or a name on the hub. Default: the pool's; smol for a new pool.")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="A file of test rows. Default: a tenth of the data is held out.")] = None,
-    scoring: Annotated[str, typer.Option(help="exact_match, or ranked for rows with options.")] = "exact_match",
+    scoring: Annotated[str, typer.Option(help="exact_match, ranked for rows with options, or box_iou for boxes.")] = "exact_match",
     train_size: Annotated[int | None, typer.Option(help="Training samples at most.", min=1)] = None,
     test_size: Annotated[int | None, typer.Option(help="Test samples at most.", min=1)] = None,
     rank: Annotated[int, typer.Option(help="Width of the expert.", min=1)] = 8,

@@ -76,8 +76,8 @@ class TaskChoice(Strict):
     test_path: Path | None = None
     """Where the test rows are; None: a tenth of the data is held out."""
 
-    scoring: Literal["exact_match", "ranked", "bits_per_byte"] = "exact_match"
-    """For data of one's own: exact_match of the greedy answer, ranked likelihood of each row's options, or prose."""
+    scoring: Literal["exact_match", "ranked", "bits_per_byte", "box_iou"] = "exact_match"
+    """For data of one's own: exact_match of the greedy answer, ranked likelihood of each row's options, prose, or boxes (docs/data.md)."""
 
     train_size: int | None = Field(None, ge=1)
     """Training samples at most; None: all."""

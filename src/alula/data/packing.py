@@ -17,6 +17,8 @@ from alula.data.sample import Sample
 from alula.errors import UserError
 
 Batch = dict[str, Tensor]
+PADDING = -1
+"""The number of no sample."""
 OF_TOKENS = {"input_ids", "labels", "position_ids", "mm_token_type_ids", "token_type_ids"}
 """What a batch holds for each token; the rest belongs to images."""
 
@@ -51,7 +53,7 @@ def block_mask(owner: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows 1 tokens
     """True where a token may look: at itself and at what its own sample has before it.
 
     Args:
-        owner: the sample of each token; padding has a number of its own.
+        owner: the sample of each token; each token of padding has a number of its own.
     """
     same = owner.unsqueeze(1) == owner.unsqueeze(2)
     return (same & torch.ones_like(same).tril()).unsqueeze(1)
@@ -103,8 +105,8 @@ class PackingCollator:
             filler = IGNORED if name == "labels" else 0
             batch[name] = _lines([[rows[index][name] for index in pack] for pack in packs], width, filler)
         if self.form == "mask":
-            owners = _lines([[torch.full((1, lengths[index]), index) for index in pack] for pack in packs], width, len(rows))
-            batch["attention_mask"] = block_mask(owners)
+            owners = _lines([[torch.full((1, lengths[index]), index) for index in pack] for pack in packs], width, PADDING)
+            batch["attention_mask"] = block_mask(torch.where(owners == PADDING, PADDING - torch.arange(width), owners))
         return batch
 
     def _row(self, sample: Sample) -> Batch:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from alula.data.boxes import check_boxes
 from alula.data.formats import Line, find_format, read_lines
 from alula.data.formats.saved_dataset import MARKER, SPLITS
 from alula.data.formats.table import endings
@@ -114,7 +115,8 @@ def read_task(
         format: as in `read_samples`.
 
     Raises:
-        UserError: as `read_samples`; too few samples to split; a ratio outside 0-1; the same sample in both files.
+        UserError: as `read_samples`; too few samples to split; a ratio outside 0-1; the same sample in both files;
+            answers that are no boxes where boxes are scored.
     """
     if isinstance(path, str | Path) and Path(path).is_dir():
         path, found = find_splits(path)
@@ -125,6 +127,8 @@ def read_task(
     else:
         train, test = samples, read_samples(test_path, image_root=image_root, format=format)
         refuse_shared(train, test)
+    if scoring == "box_iou":
+        check_boxes(train, others_allowed=True)
     return Task(name=name, train=train, test=test, scoring=scoring, max_new_tokens=max_new_tokens or room_for(test))
 
 
@@ -141,9 +145,14 @@ def read_test(
 
 
 def room_for(samples: Sequence[Sample]) -> int:
-    """Tokens for the longest answer: byte-level tokenizers need at worst about .7 a byte (Japanese, Urdu), less elsewhere."""
-    longest = max((len(sample.answer.encode()) for sample in samples), default=0)
-    return max(12, int(longest * 0.75) + 2)
+    """Tokens for the longest answer and its end."""
+    return max(12, max(map(_most_tokens, samples), default=0) + 2)
+
+
+def _most_tokens(sample: Sample) -> int:
+    """Of the answer: byte-level tokenizers need at worst about .7 a byte of words (Japanese, Urdu), and one for each digit or sign."""
+    said = sample.answer
+    return int(0.75 * len(said.encode()) + 0.25 * sum(not sign.isalpha() for sign in said))
 
 
 def check_images(*parts: Sequence[Sample]) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alula.data.boxes import check_boxes
 from alula.data.sample import Sample
 from alula.errors import UserError
 
-SCORINGS = ("exact_match", "ranked", "bits_per_byte")
+SCORINGS = ("exact_match", "ranked", "bits_per_byte", "box_iou")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,8 @@ class Task:
     """One unit learnt in order (Lopez-Paz & Ranzato 2017).
 
     Attributes:
-        scoring: ``exact_match`` of a greedy answer, ``ranked`` likelihood of the options, or ``bits_per_byte`` of prose.
+        scoring: ``exact_match`` of a greedy answer, ``ranked`` likelihood of the options, ``bits_per_byte`` of prose, or ``box_iou``:
+            whether the box in a greedy answer overlaps the true one (an IoU of 0.5 or more).
         is_base: what the base model could do before the stream: evaluated, never trained.
         is_probe: a base task that no mean over base tasks counts, because it mixes skills (IIT).
         max_new_tokens: tokens; the longest answer that is generated.
@@ -34,6 +36,13 @@ class Task:
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
             raise UserError(f"Task '{self.name}': unknown scoring '{self.scoring}'. Known: {', '.join(SCORINGS)}.")
+        if self.scoring == "box_iou":
+            check_boxes(self.test)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model writes its answers, and is not given them to weigh."""
+        return self.scoring in ("exact_match", "box_iou")
 
 
 @dataclass(frozen=True, kw_only=True)

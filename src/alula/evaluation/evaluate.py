@@ -11,10 +11,11 @@ from torch import nn
 from alula.data.ahead import made_ahead
 from alula.data.sample import Sample
 from alula.data.stream import Task
+from alula.evaluation.boxes import box_match
 from alula.evaluation.generation import Around, Batch, BatchMaker, generate_answers, untouched
 from alula.evaluation.prose import measure_prose
 from alula.evaluation.ranking import check_options, option_rows, rank_options
-from alula.evaluation.scores import Prediction, closed_answers, exact_match, normalise, prompt_text
+from alula.evaluation.scores import Prediction, Scored, closed_answers, exact_match, normalise, prompt_text
 from alula.training.processes import Team
 from alula.training.sharding import is_sharded
 
@@ -30,6 +31,7 @@ class Answer(TypedDict, total=False):
     options: tuple[str, ...]
     loss_bits: float
     bytes: int
+    iou: float
 
 
 def evaluate_task(
@@ -138,11 +140,11 @@ def _answerer(
             return [{"output": "", "score": bits / size, "loss_bits": bits, "bytes": size} for bits, size in measured]
 
         return collator, measure
-    known = closed_answers(task)
+    judge = box_match if task.scoring == "box_iou" else partial(exact_match, known_answers=closed_answers(task))
 
     def generate(rows: Sequence[Sample], batch: Batch) -> list[Answer]:
         said = generate_answers(model, collator, rows, max_new_tokens=task.max_new_tokens, device=device, around=around, batch=batch)
-        return [_generated(sample, text, ended, known) for sample, (text, ended) in zip(rows, said, strict=True)]
+        return [_generated(text, judge(text, sample.references, ended=ended)) for sample, (text, ended) in zip(rows, said, strict=True)]
 
     return collator.prompts, generate
 
@@ -153,9 +155,11 @@ def _ranked(sample: Sample, values: Sequence[float]) -> Answer:
     return {"output": best, "score": float(right), "options": sample.options}
 
 
-def _generated(sample: Sample, text: str, ended: bool, known: frozenset[str] | None) -> Answer:
-    scored = exact_match(text, sample.references, known_answers=known, ended=ended)
-    return {"output": text, "score": scored.score, "parsed": scored.parsed}
+def _generated(text: str, scored: Scored) -> Answer:
+    answer = Answer(output=text, score=scored.score, parsed=scored.parsed)
+    if scored.iou is not None:
+        answer["iou"] = scored.iou
+    return answer
 
 
 def _prediction(task: Task, sample: Sample, found: Answer, *, method: str, seed: int) -> Prediction:

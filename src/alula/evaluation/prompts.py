@@ -26,5 +26,5 @@ def prompt_hashes(processor: ProcessorMixin, samples: Sequence[Sample], *, with_
 
 def with_prompt_hashes(found: Sequence[Prediction], task: Task, processor: ProcessorMixin) -> list[Prediction]:
     """The predictions of the first samples of `task`, in order, with the hashes of what the model read."""
-    hashes = prompt_hashes(processor, list(task.test)[: len(found)], with_answers=task.scoring != "exact_match")
+    hashes = prompt_hashes(processor, list(task.test)[: len(found)], with_answers=not task.is_generated)
     return [replace(prediction, prompt_hash=own) for prediction, own in zip(found, hashes, strict=True)]

@@ -29,10 +29,11 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A score from 0 to 1, and whether the form of the answer could be read."""
+    """A score from 0 to 1, whether the form of the answer could be read, and the IoU of a box."""
 
     score: float
     parsed: bool
+    iou: float | None = None
 
 
 def exact_match(output: str, references: Sequence[str], *, known_answers: Collection[str] | None = None, ended: bool = True) -> Scored:
@@ -75,6 +76,7 @@ class Prediction:
         options: the ranked options; empty when the answer was generated.
         loss_bits: bits; total over the targets of a prose sample.
         bytes: bytes; UTF-8 length of a prose sample.
+        iou: 0 to 1; of the box that was said and the true one.
         prompt_hash: of what the model read, as its chat template wrote it (see `hash_of`); empty where that is not known.
     """
 
@@ -90,6 +92,7 @@ class Prediction:
     options: tuple[str, ...] = ()
     loss_bits: float | None = None
     bytes: int | None = None
+    iou: float | None = None
     prompt_hash: str = ""
 
     def as_row(self) -> dict[str, object]:
@@ -101,6 +104,8 @@ class Prediction:
             row["options"] = list(self.options)
         if self.loss_bits is not None:
             row |= {"loss_bits": self.loss_bits, "bytes": self.bytes}
+        if self.iou is not None:
+            row["iou"] = self.iou
         if self.prompt_hash:
             row["prompt_hash"] = self.prompt_hash
         return row

@@ -181,6 +181,16 @@ def routing_statistics(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, 
 
 
 def valid_tokens(attention_mask: Any, scores: torch.Tensor) -> torch.Tensor | None:
-    """Which tokens of the scores are no padding; None where the batch does not say."""
-    is_fit = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == scores.shape[:2]
-    return attention_mask.bool() if is_fit else None
+    """Which tokens of the scores are no padding; None where the batch does not say.
+
+    Args:
+        attention_mask: batch x tokens, true where a token is; or batch x 1 x tokens x tokens of packed rows (`alula.data.packing`), where
+            padding sees itself alone and is seen by nobody else. A sample of one token, which has no target, is as padding there.
+    """
+    if not isinstance(attention_mask, torch.Tensor):
+        return None
+    if attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+        one = torch.eye(attention_mask.shape[-1], dtype=torch.bool, device=attention_mask.device)
+        others = attention_mask[:, 0] & ~one
+        attention_mask = others.any(dim=1) | others.any(dim=2)
+    return attention_mask.bool() if attention_mask.shape == scores.shape[:2] else None

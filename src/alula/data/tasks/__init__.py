@@ -15,6 +15,7 @@ from alula.data.tasks import (  # noqa: F401 - imported for what they register
     iit,
     maps,
     prose,
+    referring,
     scenes,
     words,
 )

@@ -42,17 +42,22 @@ INFO.register(NAME)(
 @TASKS.register(NAME)
 def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
     """Pictures composed anew for each seed from the sprites of `emoji_en`."""
-    rows = [row for row in read_table("emoji") if row["plural"]]
     splits = {}
     for split, size in (("train", train_size), ("test", test_size)):
-        own = [row for row in rows if row["split"] == split]
-        count = SIZES[split] if size is None else min(size, SIZES[split])
-        splits[split] = [_sample(own, f"{NAME}/{split}/{index}", generator(NAME, split, seed, index)) for index in range(count)]
+        count, own = SIZES[split] if size is None else min(size, SIZES[split]), sprites(split)
+        splits[split] = [draw(own, split, index, seed=seed) for index in range(count)]
     tokens = answer_tokens(splits["train"] + splits["test"])
     return Task(name=NAME, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[NAME]))
 
 
-def _sample(rows: list[dict[str, Any]], key: str, rng: random.Random) -> Sample:
+def sprites(split: str) -> list[dict[str, Any]]:
+    """What is drawn in the pictures of a split."""
+    return [row for row in read_table("emoji") if row["plural"] and row["split"] == split]
+
+
+def draw(rows: list[dict[str, Any]], split: str, index: int, *, seed: int) -> Sample:
+    """One sample, the same however many there are."""
+    rng = generator(NAME, split, seed, index)
     ground = rng.choice(sorted(GROUNDS))
     scene = Image.new("RGBA", (SIDE, SIDE), (*GROUNDS[ground], 255))
     if rng.random() < 0.5:
@@ -71,7 +76,9 @@ def _sample(rows: list[dict[str, Any]], key: str, rng: random.Random) -> Sample:
                 _paste(scene, decode(row["image"]), rng, box=_slice(box, index, count, is_tall=is_beside))
             parts.append(f"{COUNTS[count]} {row['en'] if count == 1 else row['plural']} {place}")
         said = " and ".join(parts)
-    return Sample.ask("Describe the picture.", f"{said}, {ground} ground", images=(encode(scene),), id=key, origin=NAME)
+    return Sample.ask(
+        "Describe the picture.", f"{said}, {ground} ground", images=(encode(scene),), id=f"{NAME}/{split}/{index}", origin=NAME
+    )
 
 
 def _slice(box: tuple[int, int, int, int], index: int, count: int, *, is_tall: bool) -> tuple[int, int, int, int]:

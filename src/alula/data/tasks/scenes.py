@@ -1,21 +1,16 @@
 """Counting and placing drawn things on a grid of nine cells."""
 
 import random
-from typing import Any
-
-from PIL import Image
 
 from alula.data.sample import Sample
 from alula.data.stream import Task
-from alula.data.tasks.asset_table import read_table
-from alula.data.tasks.drawing import decode, encode, random_colour
+from alula.data.tasks.drawing import encode
+from alula.data.tasks.grid_scene import Sprites, draw_scene, read_sprites
 from alula.data.tasks.selection import answer_tokens, generator
 from alula.data.tasks.table import INFO, TASKS, TaskInfo
 
 NAME = "scenes"
 SIZES = {"train": 3000, "test": 500}
-SIDE, CELL = 126, 42
-"""Pixels of the picture and of a cell."""
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 INFO.register(NAME)(
     TaskInfo(
@@ -27,29 +22,17 @@ INFO.register(NAME)(
     )
 )
 
-Sprites = dict[str, list[tuple[Image.Image, str, str]]]
-"""Vendor -> (picture, name, plural)."""
-
 
 @TASKS.register(NAME)
 def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
     """Scenes drawn anew for each seed; all sprites of a scene are one vendor's."""
-    rows = [row for row in read_table("emoji") if row["plural"]]
     splits = {}
     for split, size in (("train", train_size), ("test", test_size)):
-        sprites = _sprites(rows, split)
+        sprites = read_sprites(split)
         count = SIZES[split] if size is None else min(size, SIZES[split])
         splits[split] = [_sample(sprites, split, index, generator(NAME, split, seed, index)) for index in range(count)]
     tokens = answer_tokens(splits["train"] + splits["test"])
     return Task(name=NAME, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[NAME]))
-
-
-def _sprites(rows: list[dict[str, Any]], split: str) -> Sprites:
-    sprites: Sprites = {}
-    for row in rows:
-        if row["split"] == split:
-            sprites.setdefault(row["vendor"], []).append((decode(row["image"]), row["en"], row["plural"]))
-    return sprites
 
 
 def _sample(sprites: Sprites, split: str, index: int, rng: random.Random) -> Sample:
@@ -60,7 +43,7 @@ def _sample(sprites: Sprites, split: str, index: int, rng: random.Random) -> Sam
     copies = rng.randint(1, 5) if asked == "count" else 1
     cells = rng.sample(range(9), copies + rng.randint(2, 4))
     kinds = [things[0]] * copies + [rng.choice(things[1:]) for _ in cells[copies:]]
-    picture = _draw([sprites[vendor][kind][0] for kind in kinds], cells, rng)
+    picture, _ = draw_scene([sprites[vendor][kind][0] for kind in kinds], cells, rng)
     _, name, plural = sprites[vendor][things[0]]
     place = PLACES[cells[0]]
     question, answer = {
@@ -69,15 +52,3 @@ def _sample(sprites: Sprites, split: str, index: int, rng: random.Random) -> Sam
         "what": (f"What is at the {place}?", name),
     }[asked]
     return Sample.ask(question, answer, images=(encode(picture),), id=f"{NAME}/{split}/{index}", origin=NAME)
-
-
-def _draw(pictures: list[Image.Image], cells: list[int], rng: random.Random) -> Image.Image:
-    scene = Image.new("RGBA", (SIDE, SIDE), (*random_colour(rng, low=205, high=255), 255))
-    for picture, cell in zip(pictures, cells, strict=True):
-        edge = rng.randint(32, 40)
-        small = picture.resize((edge, edge * picture.height // picture.width), Image.Resampling.BICUBIC)
-        small.thumbnail((edge, edge))
-        x = cell % 3 * CELL + rng.randint(0, CELL - small.width)
-        y = cell // 3 * CELL + rng.randint(0, CELL - small.height)
-        scene.alpha_composite(small, (x, y))
-    return scene
