@@ -31,6 +31,10 @@ from alula.mixture import Mixture
 Row = dict[str, Any]
 MODELS = {"512 wide": (512, 1376, 4), "2048 wide": (2048, 5504, 1), "tiny": (32, 64, 1)}
 NO_GRADIENTS = ("frozen base",)
+SIZES = {"smol": (2, 128), "tiny": (1, 16)}
+"""Samples and tokens of a batch, where they are not the options' own: `smol` has thirty layers."""
+ALL_PEERS = ("512 wide", "tiny")
+"""Where every peer is measured: those that write each expert's output for each token need 20 GB and more elsewhere."""
 
 
 def make_model(name: str) -> Any:
@@ -115,7 +119,7 @@ def layer_rows(options: argparse.Namespace) -> list[Row]:
             row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
         row["saved"] = {name: bytes_saved(lambda form=form: form(x.clone().requires_grad_()), form) for name, form in forms.items()}
         rows.append(row)
-        print(f"layer, {experts} experts: done", flush=True)
+        print("\n".join(layer_table([row])[2:]), flush=True)
     return rows
 
 
@@ -131,18 +135,21 @@ def build(name: str, model: nn.Module, *, experts: int, rank: int) -> Any:
     try:
         with quiet():
             return WHOLE[name](copy.deepcopy(model), experts=experts, rank=rank, slots=min(2, experts))
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # whatever keeps a peer from this model; ours has to run
+        if name == "ours":
+            raise
         print(f"{name} with {experts} experts does not run here: {str(error).splitlines()[0]}", flush=True)
         return None
 
 
 def whole_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     """A whole model, two of `experts` speaking for each token, against one LoRA of twice the rank."""
-    model, batch, rows = make_model(name), tokens_of(options.batch, options.length), []
+    model, shape, rows = make_model(name), SIZES.get(name, (options.batch, options.length)), []
+    batch = tokens_of(*shape)
     found = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
     shapes = [(linear.in_features, linear.out_features) for linear in found]
     for experts in options.experts:
-        names = list(WHOLE) if experts == FEW or options.small else ["PEFT LoRA", "ours"]
+        names = list(WHOLE) if name in ALL_PEERS and (experts == FEW or options.small) else ["PEFT LoRA", "ours"]
         forms = {form: call for form in names if (call := build(form, model, experts=experts, rank=options.rank)) is not None}
 
         def forward(call: Callable[..., Any]) -> None:
@@ -155,13 +162,13 @@ def whole_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> li
                 runs = {form: lambda call=call, run=run: run(call) for form, call in forms.items()}
                 row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
             row["saved"] = {form: saved_by(call, batch) for form, call in forms.items() if form not in NO_GRADIENTS}
-        slots, count = min(2, experts), options.batch * options.length
+        slots, count = min(2, experts), shape[0] * shape[1]
         row["least"] = step_ratio(shapes, ceilings, tokens=count, experts=experts, rank=options.rank, slots=slots)["ratio"]
         del forms
         gc.collect()
-        row["peak"] = {} if options.small else {form: peak_of(form, name, experts, options) for form in names}
+        row["peak"] = {} if options.small else {form: peak_of(form, name, experts, options, shape) for form in names}
         rows.append(row)
-        print(f"{name}, {experts} experts: done", flush=True)
+        print("\n".join(whole_table([row])[2:]), flush=True)
     return rows
 
 
@@ -169,13 +176,11 @@ def saved_by(call: Any, batch: dict[str, Tensor]) -> int:
     return bytes_saved(lambda: call(**batch, use_cache=False).logits, call if isinstance(call, nn.Module) else None)
 
 
-def peak_of(form: str, model: str, experts: int, options: argparse.Namespace) -> float | None:
+def peak_of(form: str, model: str, experts: int, options: argparse.Namespace, shape: tuple[int, int]) -> float | None:
     """MB that a second train step adds at its peak, measured in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     queue = spawn.Queue()
-    process = spawn.Process(
-        target=_peak, args=(form, model, experts, options.rank, (options.batch, options.length), options.threads, queue)
-    )
+    process = spawn.Process(target=_peak, args=(form, model, experts, options.rank, shape, options.threads, queue))
     process.start()
     found = queue.get()
     process.join()
@@ -225,7 +230,7 @@ def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> l
             for form, slots, gated, calls in (("ours, expert told", 1, False, 3), ("ours, gates", 2, True, 12))
         }
         rows.append(row)
-        print(f"decoding, {name}, pool of {experts}: done", flush=True)
+        print("\n".join(decode_table([row])[2:]), flush=True)
     return rows
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alula.experts import Chosen
+from alula.experts import Chosen, LoRAExperts
 from alula.experts.decode import decode_update
 from alula.experts.dense import dense_update
 from alula.experts.grouped import TILE, grouped_update
@@ -115,6 +115,28 @@ def test_matrix_vector_products_equal_the_loop(seed):
         overwritten = onto.clone()
         assert decode(x, chosen, down, up, scales, overwritten, in_place=True) is overwritten
         assert torch.equal(overwritten, found)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("active", [(4,), (0, 3), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_told_experts_say_what_the_loop_says(samples, active, dtype):
+    generator = torch.Generator().manual_seed(samples)
+    experts = LoRAExperts(in_features=8, out_features=12)
+    for number in range(6):
+        experts.grow(f"expert{number}", rank=1 + number % 3, alpha=2.0, dtype=torch.float32, generator=generator)
+        experts.B[number].data.normal_(generator=generator)
+    x, onto = (torch.randn(samples, 1, width, generator=generator).to(dtype) for width in (8, 12))
+    weights = torch.rand(samples, 1, len(active), generator=generator)
+    weights[-1, 0, 0] = 0  # a sample that one of them leaves alone
+    down, up, scales = [experts.A[i] for i in active], [experts.B[i] for i in active], [experts.scales[i] for i in active]
+    with torch.no_grad():
+        expected = onto + reference(x.float(), weights, down=down, up=up, scales=scales).to(dtype)
+        said = experts.say(x, weights[:, 0].tolist(), active=active, onto=onto.clone(), in_place=True)
+        torch.testing.assert_close(said, expected, **(CLOSE if dtype == torch.float32 else {}))
+        before = onto.clone()
+        assert torch.equal(experts.say(x, weights[:, 0].tolist(), active=active, onto=onto, in_place=False), said)
+        assert torch.equal(onto, before)
 
 
 @pytest.mark.parametrize("form", [dense, picked, grouped])

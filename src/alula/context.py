@@ -94,6 +94,13 @@ class Context:
         """`weights` as plain numbers: read once in a forward, where every layer would wait for them."""
         return [] if self.weights is None else self.weights.tolist()
 
+    @cached_property
+    def is_told(self) -> bool:
+        """Whether one token per sample comes, who speaks is known and nobody watches: decoding, after a decision on the prompt."""
+        if self.shape[1] != 1 or self.weights is None or self.recorder is not None or self.observer is not None:
+            return False
+        return not (torch.is_grad_enabled() or torch.is_autocast_enabled(self.valid.device.type) or torch.compiler.is_compiling())
+
 
 T = TypeVar("T")
 

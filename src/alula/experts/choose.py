@@ -37,13 +37,6 @@ def form_of(*, tokens: int, slots: int, ranks: Iterable[int], decodes: bool) -> 
     return "decode" if decodes and tokens * slots <= DECODE_MANY else "grouped"
 
 
-def is_decoding(x: Float[Tensor, "batch tokens in"], slots: int) -> bool:
-    """Whether this is one token per sample, few enough for matrix-vector products, without gradients or autocast."""
-    if x.shape[1] != 1 or x.shape[0] * slots > DECODE_SLOTS or torch.is_grad_enabled():
-        return False
-    return not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
-
-
 def update(
     x: Float[Tensor, "batch tokens in"],
     chosen: Chosen,

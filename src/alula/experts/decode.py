@@ -27,14 +27,16 @@ def decode_update(
         shares: weights per token and slot, as plain numbers.
         chosen: the expert in each slot; one past the last is nobody.
     """
-    if onto.dtype != dtype or not onto.is_contiguous():
-        said = torch.zeros(onto.shape, dtype=dtype, device=onto.device)
-    else:
-        said = onto if in_place else onto.clone()
-    rows, x = said.view(-1, said.shape[-1]), x.to(dtype)
-    for row, (experts, parts) in enumerate(zip(chosen, shares, strict=True)):
-        token, out = x[row], rows[row]
+    fits = onto.dtype is dtype and onto.is_contiguous()
+    said = onto if fits and in_place else onto.clone() if fits else torch.zeros(onto.shape, dtype=dtype, device=onto.device)
+    rows = said.view(-1, said.shape[-1])
+    for token, out, experts, parts in zip(_to(x, dtype).unbind(), rows.unbind(), chosen, shares, strict=True):
         for expert, share in zip(experts, parts, strict=True):
             if share and expert < len(down):
-                out.addmv_(up[expert].to(dtype), down[expert].to(dtype) @ token, alpha=share * scales[expert])
-    return said if onto.dtype == dtype and onto.is_contiguous() else onto + said.to(onto.dtype)
+                out.addmv_(_to(up[expert], dtype), torch.mv(_to(down[expert], dtype), token), alpha=share * scales[expert])
+    return said if fits else onto + said.to(onto.dtype)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type, without the microsecond that asking torch for the type it has takes."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

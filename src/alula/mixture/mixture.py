@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from alula.context import Cell, Context
 from alula.errors import UserError
 from alula.experts import Chosen, LoRAExperts
-from alula.experts.choose import is_decoding
 from alula.routers import Router, Seen
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -53,6 +52,9 @@ class Mixture(nn.Module):
         """The routers laid on these experts, by their registered names."""
         return {name: router for name, router in self.routers.items() if isinstance(router, Router)}
 
+    def _router(self, name: str) -> Router:
+        return self.routers[name]  # type: ignore[return-value] # no other modules are put there
+
     def adopt(self, name: str, pair: Mapping[str, Tensor] | None, *, scale: float = 1.0) -> None:
         """Adds a frozen expert whose matrices are there already, and makes room for it in the routers.
 
@@ -72,8 +74,9 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The host's output, and what the chosen experts add to it."""
-        out = self.host(x)
-        context = self.cell.context
+        parts, context = self._modules, self.cell.context  # a submodule's name is looked up in Python, a microsecond each, in every layer
+        host: nn.Module = parts["host"]  # type: ignore[assignment] # never None
+        out = host(x)
         if context is None:
             if not self.experts.names:
                 return out
@@ -81,16 +84,15 @@ class Mixture(nn.Module):
                 f"{self.path} was called without a context, so its experts cannot be chosen. Call the model that "
                 "`attach` was given, not a part of it, or `detach` first."
             )
+        in_place = type(host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
+        if context.is_told and x.numel() == context.shape[0] * x.shape[-1]:
+            return parts["experts"].say(x, context.shares, active=context.active, onto=out, in_place=in_place)
         tokens = x if x.dim() == 3 else x.view(*context.shape, x.shape[-1])
         if context.observer is not None:
             seen = context.valid if tokens.shape[:2] == context.shape else context.valid.new_ones(tokens.shape[:2])
             context.observer(self.path, self.block, tokens, seen)
         if not context.active:
             return out
-        in_place = type(self.host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
-        known = context.weights is not None and context.recorder is None and len(tokens) == context.shape[0]
-        if known and is_decoding(tokens, len(context.active)):
-            return self.experts.say(tokens, context.shares, active=context.active, onto=out, in_place=in_place)
         chosen = self._choose(x, tokens, context)
         if context.recorder is not None:
             context.recorder(self.path, chosen.dense().detach(), context.active)
@@ -102,7 +104,7 @@ class Mixture(nn.Module):
             return Chosen(weights=context.per_row(context.weights, tokens), experts=len(context.active))
         name = "gate" if context.gate_of is not None else context.routing.router
         assert name is not None, "a routing without a router brings its weights along"
-        router, decided = self.named_routers()[name], self.cell.decided
+        router, decided = self._router(name), self.cell.decided
         if not router.is_shared:
             chosen = router.choose(self._look(name, x, tokens), context)
         else:
@@ -123,7 +125,7 @@ class Mixture(nn.Module):
         key, mine = (self.block, name), len(self.together)
         source, seen, left = self.cell.decided.get(key, (None, None, 0))
         if source is not x:
-            seen, left = Seen(tokens, together=[mixture.named_routers()[name] for mixture in self.together]), mine
+            seen, left = Seen(tokens, together=[mixture._router(name) for mixture in self.together]), mine
         self.cell.decided[key] = (x, seen, left - 1)
         if left == 1:  # all have looked: nothing is held any longer
             del self.cell.decided[key]

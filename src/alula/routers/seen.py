@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import attrgetter, is_
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from alula.experts.choose import DECODE_SLOTS
 
 T = TypeVar("T")
+_TRAINS, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
 
 
 class HasRows(Protocol):
@@ -46,15 +48,18 @@ class Kept(Generic[T]):
 
     def of(self, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         """What `make` gives, or gave before."""
-        if any(source.requires_grad for source in sources):
+        if torch.is_grad_enabled() and any(map(_TRAINS, sources)):  # maps, not loops: asked for each expert, in each layer, for each token
             self.forget()
             return make()
         first = sources[0]
-        versions = sum(source._version for source in sources)
-        key = (tuple(map(id, sources)), versions, first.device, first.dtype, torch.is_inference_mode_enabled())
-        if key != self._key:
-            self._key, self._value, self._sources = key, make(), tuple(sources)  # the sources live on, so that no id is used twice
-        return self._value
+        key = (len(sources), sum(map(_VERSION, sources)), first.device, first.dtype, torch.is_inference_mode_enabled())
+        if key == self._key and all(map(is_, sources, self._sources)):
+            return self._value
+        self.forget()
+        value = make()
+        if not any(map(_TRAINS, sources)):
+            self._key, self._value, self._sources = key, value, tuple(sources)
+        return value
 
     def forget(self) -> None:
         """Drops what was kept."""
