@@ -23,50 +23,15 @@ from expert_tables import FEW, decode_table, layer_table, whole_table
 from peers import DECODING, WHOLE, layer_forms, quiet, tell
 from roofline import Ceilings, decode_ratio, measure, step_ratio
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from wide_models import MODELS, SIZES, make_model, tokens_of
 
 from alula.files import write_json, write_text
 from alula.mixture import Mixture
 
 Row = dict[str, Any]
-MODELS = {"512 wide": (512, 1376, 4), "2048 wide": (2048, 5504, 1), "tiny": (32, 64, 1)}
 NO_GRADIENTS = ("frozen base",)
-SIZES = {"smol": (2, 128), "tiny": (1, 16)}
-"""Samples and tokens of a batch, where they are not the options' own: `smol` has thirty layers."""
 ALL_PEERS = ("512 wide", "tiny")
 """Where every peer is measured: those that write each expert's output for each token need 20 GB and more elsewhere."""
-
-
-def make_model(name: str) -> Any:
-    """A random Qwen2.5-VL by width, MLP and layers, or the embedded default."""
-    if name == "smol":
-        from alula.models import load_model
-
-        return load_model("smol", dtype="float32")[0].eval()
-    hidden, inner, layers = MODELS[name]
-    heads = max(1, hidden // 64)
-    head = hidden // heads
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]}
-    text = {
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 2048, "rope_parameters": rope,
-        "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 2048,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": hidden,
-        "fullatt_block_indexes": [0],
-    }
-    torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
-
-
-def tokens_of(batch: int, length: int) -> dict[str, Tensor]:
-    ids = torch.randint(3, 1000, (batch, length), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def seconds_of(runs: dict[str, Callable[[], Any]], *, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -107,6 +72,7 @@ def layer_rows(options: argparse.Namespace) -> list[Row]:
         tell(next(form for form in forms.values() if isinstance(form, Mixture)), tuple(x.shape[:2]))  # type: ignore[arg-type]
 
         def train(form: nn.Module) -> None:
+            form.zero_grad()  # as before each training step
             form(x.clone().requires_grad_()).square().mean().backward()
 
         def forward(form: nn.Module) -> None:
@@ -124,7 +90,9 @@ def layer_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def step(call: Callable[..., Any], batch: dict[str, Tensor]) -> None:
-    """Forward and, where something trains, backward."""
+    """Forward and, where something trains, backward, from no gradients as in training."""
+    if isinstance(call, nn.Module):
+        call.zero_grad()
     logits = call(**batch, use_cache=False).logits
     if logits.requires_grad:
         logits.float().square().mean().backward()

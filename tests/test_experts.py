@@ -132,10 +132,11 @@ def test_told_experts_say_what_the_loop_says(samples, active, dtype):
     down, up, scales = [experts.A[i] for i in active], [experts.B[i] for i in active], [experts.scales[i] for i in active]
     with torch.no_grad():
         expected = onto + reference(x.float(), weights, down=down, up=up, scales=scales).to(dtype)
-        said = experts.say(x, weights[:, 0].tolist(), active=active, onto=onto.clone(), in_place=True)
+        told = [list(zip(active, row, strict=True)) for row in weights[:, 0].tolist()]
+        said = experts.say(x, told, onto=onto.clone(), in_place=True)
         torch.testing.assert_close(said, expected, **(CLOSE if dtype == torch.float32 else {}))
         before = onto.clone()
-        assert torch.equal(experts.say(x, weights[:, 0].tolist(), active=active, onto=onto, in_place=False), said)
+        assert torch.equal(experts.say(x, told, onto=onto, in_place=False), said)
         assert torch.equal(onto, before)
 
 

@@ -90,16 +90,18 @@ class Context:
         return values.unsqueeze(1)
 
     @cached_property
-    def shares(self) -> list[list[float]]:
-        """`weights` as plain numbers: read once in a forward, where every layer would wait for them."""
-        return [] if self.weights is None else self.weights.tolist()
+    def told(self) -> tuple[tuple[tuple[int, float], ...], ...] | None:
+        """Per sample who speaks, with what weight, as plain numbers; None unless this is decoding after a decision on the prompt.
 
-    @cached_property
-    def is_told(self) -> bool:
-        """Whether one token per sample comes, who speaks is known and nobody watches: decoding, after a decision on the prompt."""
+        That is: one token per sample, known weights, nobody watching, no gradients and no autocast. It is read once in a forward, where
+        every layer would wait for it.
+        """
         if self.shape[1] != 1 or self.weights is None or self.recorder is not None or self.observer is not None:
-            return False
-        return not (torch.is_grad_enabled() or torch.is_autocast_enabled(self.valid.device.type) or torch.compiler.is_compiling())
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.valid.device.type) or torch.compiler.is_compiling():
+            return None
+        shares = [zip(self.active, row, strict=True) for row in self.weights.tolist()]
+        return tuple(tuple((index, share) for index, share in row if share) for row in shares)
 
 
 T = TypeVar("T")

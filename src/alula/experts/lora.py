@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from alula.context import BASE
 from alula.errors import UserError
-from alula.experts.choose import DECODE_SLOTS, update
+from alula.experts.choose import update
 from alula.experts.chosen import Chosen
 from alula.experts.decode import decode_update
 from alula.experts.entries import entries
 
+_Parameters = dict[str, nn.Parameter]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -127,33 +129,33 @@ class LoRAExperts(nn.Module):
     def say(
         self,
         x: Float[Tensor, "*tokens in"],
-        shares: Sequence[Sequence[float]],
+        told: Sequence[Sequence[tuple[int, float]]],
         *,
-        active: Sequence[int],
         onto: Float[Tensor, "*tokens out"],
         in_place: bool,
     ) -> Tensor:
-        """What `forward` gives for one token per sample whose weights are known as plain numbers; without gradients.
+        """What `forward` gives for one token per sample where who speaks is known as plain numbers; without gradients.
 
-        Nothing but the products is done here, and of the active experts alone: at narrow widths a token's time is mostly Python's.
+        Nothing but the products is done here, and of the experts that speak alone: at narrow widths a token's time is mostly Python's.
 
         Args:
-            shares: per sample, over the active experts.
+            told: per sample, experts and their weights.
         """
-        x = x.reshape(len(shares), -1)
-        if len(shares) * len(active) > DECODE_SLOTS:
-            weights = torch.tensor(shares, device=x.device).unsqueeze(1)
-            return self(x.unsqueeze(1), weights, active=active, onto=onto, in_place=in_place)
-        A, B, scales = self._modules["A"]._parameters, self._modules["B"]._parameters, self.scales  # type: ignore[union-attr]
-        dtype = A[str(active[0])].dtype
-        if not (in_place and x.dtype is dtype and onto.dtype is dtype and onto.is_contiguous()):
-            down, up, scales = self._of(active)
-            chosen = [range(len(active))] * len(shares)
-            return decode_update(x, shares, chosen, down=down, up=up, scales=scales, onto=onto, in_place=in_place, dtype=dtype)
-        for parts, token, out in zip(shares, x.unbind(), onto.view(len(shares), -1).unbind(), strict=True):
-            for index, share in zip(active, parts, strict=True):
-                if share:
-                    out.addmv_(B[str(index)], torch.mv(A[str(index)], token), alpha=share * scales[index])
+        down, up = cast(nn.ParameterList, self._modules["A"]), cast(nn.ParameterList, self._modules["B"])
+        A, B, scales = cast(_Parameters, down._parameters), cast(_Parameters, up._parameters), self.scales
+        dtype = A["0"].dtype
+        if not in_place or x.dtype is not dtype or onto.dtype is not dtype or not onto.is_contiguous():
+            who, shares = [[index for index, _ in pairs] for pairs in told], [[share for _, share in pairs] for pairs in told]
+            rows = x.reshape(len(told), -1)
+            return decode_update(
+                rows, shares, who, down=entries(down), up=entries(up), scales=scales, onto=onto, in_place=in_place, dtype=dtype
+            )
+        alone = len(told) == 1
+        tokens, outs = ((x.view(-1),), (onto.view(-1),)) if alone else (x.reshape(len(told), -1), onto.view(len(told), -1))
+        for token, out, pairs in zip(tokens, outs, told, strict=True):
+            for index, share in pairs:
+                key = str(index)
+                out.addmv_(B[key], torch.mv(A[key], token), alpha=share * scales[index])
         return onto
 
     def _of(self, active: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[float]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alula.experts.gated_products import can_group, grouped_outputs
+from alula.models.graph import with_parameters
 
 Scores = Float[Tensor, "groups tokens experts"]
 
@@ -97,7 +98,7 @@ class SparseFFN(nn.Module):
         nn.init.normal_(self.gate.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "*groups tokens dim"]) -> Float[Tensor, "*groups tokens dim"]:
-        """The chosen experts' outputs, weighted and summed."""
+        """The chosen experts' outputs, weighted and summed; in float32 at least, so that 16-bit ones are rounded once."""
         groups = x.reshape(-1, *x.shape[-2:])
         weights, index = self.choose(self.gate(groups))
         rows, flat = groups.flatten(0, 1), index.flatten()
@@ -110,18 +111,19 @@ class SparseFFN(nn.Module):
         return summed(rows, experts, tokens, shares).view(x.shape)
 
     def _grouped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
-        said = grouped_outputs(self.experts, rows[tokens], experts)
-        return torch.zeros_like(rows).index_add(0, tokens, said * shares.to(said.dtype))
+        part = grouped_outputs(self.experts, rows[tokens], experts) * shares
+        return torch.zeros_like(rows, dtype=part.dtype).index_add(0, tokens, part).to(rows.dtype)
 
     def _looped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
-        out, start = torch.zeros_like(rows), 0
+        out, dtype, start = torch.zeros_like(rows, dtype=shares.dtype), rows.dtype, 0
         for expert, count in zip(self.experts, torch.bincount(experts, minlength=len(self.experts)).tolist(), strict=False):
             here = slice(start, start + count)
             if count:
                 said = expert(rows[tokens[here]])
-                out = out.to(said.dtype).index_add(0, tokens[here], said * shares[here].to(said.dtype))
+                part, dtype = said * shares[here], said.dtype
+                out = out.to(part.dtype).index_add(0, tokens[here], part)
             start += count
-        return out
+        return with_parameters(out.to(dtype), self.experts.parameters())  # with those of experts that nobody chose, too
 
     def choose(self, scores: Scores) -> tuple[Tensor, Tensor]:
         """Weights and experts of each token; capacity holds in training only."""

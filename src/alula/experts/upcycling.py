@@ -40,8 +40,9 @@ def upcycle(
         experts: networks in each such layer (1 or more).
         every: layers from one sparse network to the next; of 2, layers 1, 3, 5 ... counted from 0.
         top_k: experts of each token. With 1 the weights are all 1, and only balance losses teach the gate.
-        init: ``copy``: the experts begin as the dense network, so that the model's output is what it was; ``fresh``: as a new
-            network would, with normal weights of the configuration's ``initializer_range``.
+        init: ``copy``: the experts begin as the dense network, so that the model's output is what it was: to the bit in 16-bit types, to
+            the last rounding in float32, as far as a matrix product's rows do not depend on their number; ``fresh``: as a new network
+            would, with normal weights of the configuration's ``initializer_range``.
         capacity: of each expert in training, as a multiple of an even share (2 in MM1); None: no token is dropped.
 
     Raises:

@@ -4,7 +4,8 @@ No fork, no patched class: `attach` swaps named submodules through `nn.Module.se
 signature. What the mixtures need to know reaches them as one keyword that a pre-hook on the model adds to each call.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from alula.context import Cell, Context
 from alula.errors import UserError
 from alula.experts import Chosen, LoRAExperts
+from alula.experts.choose import DECODE_SLOTS
 from alula.routers import Router, Seen
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -75,18 +77,19 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The host's output, and what the chosen experts add to it."""
         parts, context = self._modules, self.cell.context  # a submodule's name is looked up in Python, a microsecond each, in every layer
-        host: nn.Module = parts["host"]  # type: ignore[assignment] # never None
+        host, experts = cast(nn.Module, parts["host"]), cast(LoRAExperts, parts["experts"])
         out = host(x)
         if context is None:
-            if not self.experts.names:
+            if not experts.names:
                 return out
             raise UserError(
                 f"{self.path} was called without a context, so its experts cannot be chosen. Call the model that "
                 "`attach` was given, not a part of it, or `detach` first."
             )
         in_place = type(host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
-        if context.is_told and x.numel() == context.shape[0] * x.shape[-1]:
-            return parts["experts"].say(x, context.shares, active=context.active, onto=out, in_place=in_place)
+        told = context.told
+        if told is not None and len(told) * len(context.active) <= DECODE_SLOTS and x.numel() == len(told) * x.shape[-1]:
+            return experts.say(x, told, onto=out, in_place=in_place)
         tokens = x if x.dim() == 3 else x.view(*context.shape, x.shape[-1])
         if context.observer is not None:
             seen = context.valid if tokens.shape[:2] == context.shape else context.valid.new_ones(tokens.shape[:2])
@@ -96,7 +99,7 @@ class Mixture(nn.Module):
         chosen = self._choose(x, tokens, context)
         if context.recorder is not None:
             context.recorder(self.path, chosen.dense().detach(), context.active)
-        return self.experts(tokens, chosen, active=context.active, onto=out, in_place=in_place)
+        return experts(tokens, chosen, active=context.active, onto=out, in_place=in_place)
 
     def _choose(self, x: Tensor, tokens: Tensor, context: Context) -> Chosen:
         """Who speaks among the active experts: decided for the sample, or by a router for each token."""
@@ -143,3 +146,10 @@ def introduce(mixtures: Iterable[Mixture]) -> None:
     for group in groups.values():
         for mixture in group:
             mixture.together = tuple(group)
+
+
+def own_parameters(mixtures: Iterable[Mixture]) -> Iterator[nn.Parameter]:
+    """Those of experts and routers."""
+    for mixture in mixtures:
+        yield from mixture.experts.parameters()
+        yield from mixture.routers.parameters()
