@@ -1,6 +1,7 @@
 """Claims about blends: ratios hold everywhere, nothing comes twice unasked, and a resumed run sees what an unbroken one sees."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def test_temperature_makes_shares_more_even() -> None:
     assert Blend(sources, temperature=1e9).shares == pytest.approx([0.5, 0.5])
 
 
+@pytest.mark.parametrize("ratios", [(1, 3), (0.1, 0.3), (1e-300, 3e-300), (1e300, 3e300)])
+def test_a_tiny_temperature_leaves_the_largest_source_alone(ratios: tuple[float, float]) -> None:
+    few, many = source("few", 5, ratio=ratios[0]), source("many", 6, ratio=ratios[1])
+    assert drawn(Blend([few, many])) == {"few": 2, "many": 6}
+    inner = Blend([few, many], temperature=0.001)
+    assert drawn(inner) == {"many": 6}
+    assert drawn(Blend([Source(name="inner", samples=inner, ratio=1), source("other", 3, ratio=1)])) == {"many": 3, "other": 3}
+
+
 def test_a_source_reached_twice_is_sampled_once_and_its_ratios_are_added() -> None:
     flat = Blend([source("a", 10, ratio=1), source("b", 40, ratio=2), source("a", 10, ratio=1)])
     assert drawn(flat) == {"a": 10, "b": 10}
@@ -91,7 +101,11 @@ def test_the_same_sources_and_seed_give_the_same_samples_at_every_place() -> Non
         (lambda: Blend([]), "0 sources"),
         (lambda: Blend([source("a", 1)], temperature=0), "temperature 0"),
         (lambda: source("a", 0), "Source 'a' has no samples to learn from"),
+        (lambda: Blend([source("a", 1)], temperature=math.nan), "temperature nan"),
         (lambda: source("a", 1, ratio=0), "Source 'a': ratio is 0. A number above 0"),
+        (lambda: source("a", 1, ratio=math.inf), "Source 'a': ratio is inf"),
+        (lambda: source("a", 1, ratio=math.nan), "Source 'a': ratio is nan"),
+        (lambda: source("a", 1, epochs=math.inf), "Source 'a': epochs is inf"),
         (lambda: Blend([source("a", 1, ratio=1), source("b", 1)]), "Source 'b' has no ratio, but others have"),
         (lambda: Blend([source("a", 9, cap=1), source("a", 9)]), "comes twice, with cap 1 and epochs 1.0, then cap None"),
         (lambda: Blend([source("a", 1, ratio=1, epochs=0.5), source("b", 9, ratio=1)]), "empty: source 'a' has too few"),
@@ -159,6 +173,20 @@ def test_a_recipe_blends_files_folders_and_built_in_tasks(tmp_path: Path) -> Non
     assert isinstance(twice.train, Blend) and len(twice.train.sources) == 2
 
 
+def test_a_file_that_is_reached_by_two_paths_is_one_source_and_one_that_is_reached_in_part_is_refused(tmp_path: Path) -> None:
+    train = written(tmp_path, *[qa(question=f"q{i}") for i in range(10)], name="train.jsonl")
+    test = written(tmp_path, qa(question="t"), name="test.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(train)
+    paths = (tmp_path, train, tmp_path / "tr*.jsonl", tmp_path / "link.jsonl")
+    for given in ({"test_path": str(test)}, {}):
+        blend = read_choice(choice(blend=[{"path": str(path), "ratio": 1} for path in paths], **given))
+        assert [sample.question for sample in blend.test] == ["t"]
+        assert len(blend.train) == len({sample.question for sample in blend.train}) == 10
+    for both in ((paths[1], tmp_path / "t*.jsonl"), (tmp_path / "t*.jsonl", paths[1])):
+        with pytest.raises(UserError, match=r"both hold .*train.jsonl, and one holds more. .* name every file in one source only"):
+            read_choice(choice(blend=[{"path": str(path)} for path in both], test_path=str(test)))
+
+
 def test_a_blend_in_a_recipe_is_checked_and_reads_back(tmp_path: Path) -> None:
     raw = {"tasks": [{"name": "mine", "blend": ["easy_vqa", {"path": "a.jsonl"}], "temperature": 2}], "methods": ["finetune"]}
     recipe = check_recipe(raw)
@@ -170,6 +198,8 @@ def test_a_blend_in_a_recipe_is_checked_and_reads_back(tmp_path: Path) -> None:
         ({"path": "a", "blend": ["b"]}, "both 'path' and 'blend' are given"),
         ({"blend": [{"name": "a", "ratoi": 1}]}, "unknown key 'tasks.0.blend.0.ratoi'.*Did you mean 'ratio'"),
         ({"blend": [{"name": "a", "epochs": 0}]}, "'tasks.0.blend.0.epochs' is 0"),
+        ({"blend": [{"name": "a", "ratio": math.inf}]}, "'tasks.0.blend.0.ratio' is inf"),
+        ({"blend": ["a"], "temperature": math.nan}, "'tasks.0.temperature' is nan"),
     ):
         with pytest.raises(UserError, match=says):
             choice(**part)

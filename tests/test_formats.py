@@ -160,13 +160,13 @@ def test_a_tar_may_mix_captions_text_and_several_images(folder: Path) -> None:
 
 def test_a_bad_member_is_one_bad_row_and_a_cut_tar_is_named(folder: Path) -> None:
     lost = ("2.json", as_json({"image": "x.png", **qa()}))
-    path = tar(folder / "bad.tar", ("0.json", b"{"), ("1.json", as_json([1])), lost, ("3.txt", b"a"))
+    path = tar(folder / "bad.tar", ("0.json", b"{"), ("1.json", as_json([1])), lost, ("3.json", as_json(qa())))
     found = list(read_lines(path))
     assert [isinstance(line.row, BadRow) for line in found] == [True, True, False, False]
     with pytest.raises(UserError, match=r"bad.tar:1: the text of '0' is not valid"):
         read_samples(path)
     with pytest.raises(UserError, match=r"bad.tar:3: no image file .*x.png"):
-        list(stream_samples(tar(path, ("0.txt", b"a"), ("1.txt", b"b"), lost)))
+        list(stream_samples(tar(path, ("0.json", as_json(qa())), ("1.json", as_json(qa())), lost)))
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match=r"bad.tar is not a whole tar file .*Download"):
         list(read_lines(path))

@@ -34,7 +34,7 @@ class Source:
 
     def __post_init__(self) -> None:
         for what, value in (("ratio", self.ratio), ("cap", self.cap), ("epochs", self.epochs)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"Source '{self.name}': {what} is {value}. A number above 0 is wanted; to take none, leave the source out.")
         if not self.samples:
             raise UserError(f"Source '{self.name}' has no samples to learn from. Correct it, or leave it out.")
@@ -76,13 +76,14 @@ class Blend(Sequence[Sample]):
     """
 
     def __init__(self, sources: Sequence[Source], *, temperature: float = 1.0, seed: int = 0) -> None:
-        if not sources or temperature <= 0:
+        if not sources or not 0 < temperature < math.inf:
             raise UserError(f"{len(sources)} sources and temperature {temperature} came. A source or more and a number above 0 are wanted.")
         self.sources = _merged([leaf for source in _merged(sources) for leaf in _leaves(source)])
         self.seed = seed
-        weights = [(source.ratio or 0.0) ** (1 / temperature) for source in self.sources]
+        ratios = [source.ratio or 0.0 for source in self.sources]
+        weights = [(ratio / max(ratios)) ** (1 / temperature) for ratio in ratios]  # 1 at most: a power of it may vanish, not overflow
         self.shares = [weight / sum(weights) for weight in weights]
-        allowed = [source.num_draws / share for source, share in zip(self.sources, self.shares, strict=True)]
+        allowed = [source.num_draws / share if share else math.inf for source, share in zip(self.sources, self.shares, strict=True)]
         self.counts = _apportioned(math.floor(min(allowed) + 1e-9), self.shares)
         self._places = self._plan()
         if not self._places:
@@ -148,11 +149,11 @@ def _leaves(source: Source) -> list[Source]:
     if source.cap is not None or source.epochs != 1:
         raise UserError(f"Source '{source.name}' is a blend, and has a cap or epochs. Give those to the sources in it.")
     whole = source.ratio or float(len(inner))
-    return [replace(leaf, ratio=whole * share) for leaf, share in zip(inner.sources, inner.shares, strict=True)]
+    return [replace(leaf, ratio=whole * share) for leaf, share in zip(inner.sources, inner.shares, strict=True) if whole * share]
 
 
 def _apportioned(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` in whole numbers nearest to the shares: what is left goes to the largest remainders."""
+    """`total` in whole numbers nearest to the shares: what is left goes to the largest remainders, of equal ones to the first."""
     counts = [math.floor(total * share) for share in shares]
-    behind = sorted(range(len(shares)), key=lambda i: (counts[i] - total * shares[i], i))
+    behind = sorted(range(len(shares)), key=lambda i: (round(counts[i] - total * shares[i], 6), i))  # rounded: floats differ by noise
     return [count + (i in behind[: total - sum(counts)]) for i, count in enumerate(counts)]

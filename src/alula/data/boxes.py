@@ -12,8 +12,9 @@ from typing import NamedTuple
 from alula.data.sample import BadRow, Sample
 
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-CLOSED = re.compile(r"[\[(]\s*" + r"[\s,;]+".join([f"({NUMBER})"] * 4) + r"\s*[\])]")
-ALONE = re.compile(r"[\s\[(]*" + r"[\s,;()\[\]]+".join([f"({NUMBER})"] * 4) + r"[\s\])]*\.?\s*")
+CLOSED = re.compile(rf"[\[(]\s*({NUMBER})[\s,;]+({NUMBER})[\s,;]+({NUMBER})[\s,;]+({NUMBER})\s*[\])]")
+BETWEEN = r"[\s,;()\[\]]+"
+ALONE = re.compile(rf"[\s\[(]*({NUMBER}){BETWEEN}({NUMBER}){BETWEEN}({NUMBER}){BETWEEN}({NUMBER})[\s\])]*\.?\s*")
 
 
 class Box(NamedTuple):

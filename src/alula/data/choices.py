@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from alula.data.blend import Blend, Source
-from alula.data.readers import find_splits, read_samples, read_task, room_for
+from alula.data.readers import find_shards, find_splits, read_samples, read_task, room_for
 from alula.data.sample import Sample
 from alula.data.splitting import refuse_shared
 from alula.data.stream import Task
@@ -31,13 +31,13 @@ class SourceChoice(Strict):
     path: Path | None = Field(None, validate_default=True)
     """As for a task."""
 
-    ratio: float | None = Field(None, gt=0)
+    ratio: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Samples drawn from it, to those from the others (above 0). None, for all sources: their numbers of samples."""
 
     cap: int | None = Field(None, ge=1)
     """Different samples of it at most; None: all."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Passes over it at most; the blend ends when a source would need more (above 0). Default: no sample comes twice."""
 
     image_root: Path | None = None
@@ -59,9 +59,15 @@ class SourceChoice(Strict):
         return {"image_root": self.image_root, "format": self.format}
 
     @property
-    def identity(self) -> str:
-        """What is read: one source that is named twice is sampled once."""
-        return str(self.path.resolve()) if self.path is not None else str(self.name)
+    def files(self) -> frozenset[str]:
+        """Where its training rows are, links followed: one source that is named twice is sampled once. Of a built-in task, its name.
+
+        Raises:
+            UserError: no file fits, or a folder without train rows.
+        """
+        if self.path is None:
+            return frozenset([str(self.name)])
+        return frozenset(str(shard.resolve()) for shard in find_shards(_train_rows(self.path)))
 
 
 class TaskChoice(Strict):
@@ -74,10 +80,11 @@ class TaskChoice(Strict):
     """A data file, several (``shards/*.tar``), or a folder with train and test files (see docs/data.md); None for a built-in task."""
 
     test_path: Path | None = None
-    """Where the test rows are; None: a tenth of the data is held out."""
+    """Where the test rows are; None: a tenth of the data is held out, or of a base task all is scored."""
 
     scoring: Literal["exact_match", "ranked", "bits_per_byte", "box_iou"] = "exact_match"
-    """For data of one's own: exact_match of the greedy answer, ranked likelihood of each row's options, prose, or boxes (docs/data.md)."""
+    """Exact match of the greedy answer, ranked likelihood of each row's options, bits per byte of the answer, or boxes (docs/data.md). A
+    built-in task has its own and takes bits_per_byte besides."""
 
     train_size: int | None = Field(None, ge=1)
     """Training samples at most; None: all."""
@@ -94,7 +101,7 @@ class TaskChoice(Strict):
     blend: list[SourceChoice] = Field(default_factory=list)
     """Sources of the training data, in place of `path`."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Of the blend: 1 keeps its ratios, more makes them more even (above 0)."""
 
     @field_validator("blend", mode="before")
@@ -138,23 +145,47 @@ def read_choice(choice: TaskChoice) -> Task:
 
 def _blended(choice: TaskChoice) -> Task:
     """The blend; its test rows are those of `test_path`, or those held out of every source that is scored like the task."""
-    tasks = [_source_task(source, choice) for source in choice.blend]
+    named = _named(choice.blend)
+    tasks = {name: _source_task(sources[0], choice) for name, sources in named.items()}
     blend = Blend(
         [
-            Source(name=source.identity, samples=task.train, ratio=source.ratio, cap=source.cap, epochs=source.epochs)
-            for source, task in zip(choice.blend, tasks, strict=True)
+            Source(name=name, samples=tasks[name].train, ratio=source.ratio, cap=source.cap, epochs=source.epochs)
+            for name, sources in named.items()
+            for source in sources
         ],
         temperature=choice.temperature,
     )
     if choice.test_path is not None:
         test: Sequence[Sample] = read_samples(choice.test_path, **choice.reading)
     else:
-        parts = {source.identity: task.test for source, task in zip(choice.blend, tasks, strict=True) if task.scoring == choice.scoring}
-        test = list(chain.from_iterable(parts.values()))
+        test = list(chain.from_iterable(task.test for task in tasks.values() if task.scoring == choice.scoring))
     if not test:
         raise UserError(f"Task '{choice.name}': none of its sources is scored by {choice.scoring}. Give test_path, or another scoring.")
     refuse_shared(blend, test)
     return Task(name=choice.name, train=blend, test=test, scoring=choice.scoring, max_new_tokens=room_for(test))
+
+
+def _named(sources: Sequence[SourceChoice]) -> dict[str, list[SourceChoice]]:
+    """The sources by a name for each set of files: those of one name are one source, which is read once.
+
+    Raises:
+        UserError: as `SourceChoice.files`, or two sources share some of their files and not all.
+    """
+    names: dict[frozenset[str], str] = {}
+    found: dict[str, list[SourceChoice]] = {}
+    for source in sources:
+        files = source.files
+        for others, name in names.items():
+            if others != files and (shared := others & files):
+                message = f"The sources '{name}' and '{source.path}' both hold {min(shared)}, and one holds more."
+                raise UserError(f"{message} Its rows would come twice: name every file in one source only.")
+        name = names.setdefault(files, str(source.path.resolve() if source.path else source.name))
+        found.setdefault(name, []).append(source)
+    return found
+
+
+def _train_rows(path: Path) -> Path | str:
+    return find_splits(path)[0] if path.is_dir() else path
 
 
 def _source_task(source: SourceChoice, choice: TaskChoice) -> Task:
@@ -166,5 +197,5 @@ def _source_task(source: SourceChoice, choice: TaskChoice) -> Task:
         return source_task(name, **({"size": source.cap} if source.cap else {})) if name.startswith(SOURCE) else load_task(name)
     if choice.test_path is None:
         return read_task(choice.name, source.path, scoring=choice.scoring, **source.reading)
-    path = find_splits(source.path)[0] if source.path.is_dir() else source.path
-    return Task(name=choice.name, train=read_samples(path, **source.reading), test=(), scoring=choice.scoring)
+    samples = read_samples(_train_rows(source.path), **source.reading)
+    return Task(name=choice.name, train=samples, test=(), scoring=choice.scoring)

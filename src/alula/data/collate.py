@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from alula.data.rendering import ChatRenderer, Rendered, Turn
+from alula.data.rendering import ChatRenderer, Rendered, Turn, image_instructions
 from alula.data.sample import Message, Sample
 from alula.errors import UserError
 
@@ -62,7 +62,9 @@ class Collator:
                 "Load the processor with a fast tokenizer (use_fast=True)."
             )
         # PaliGemma: the prompt is read in both directions; the processor itself writes <bos> and a final line break.
-        self._is_prefix_lm = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self._is_prefix_lm = _takes_suffix(type(processor))
+        # A composed model may weigh its encoders by what is asked.
+        self._wants_instructions = "instructions" in inspect.signature(type(processor).__call__).parameters
         self._opening = "" if self._is_prefix_lm else self._added_opening()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -165,6 +167,7 @@ class Collator:
 
     def _process(self, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
         """One call of the processor; images as one list a row, which all processors read, or None for text only."""
+        told = {"instructions": [image_instructions(sample) for sample in samples]} if self._wants_instructions else {}
         try:
             made = self.processor(
                 text=[text[:-1] for text in texts] if self._is_prefix_lm else texts,  # it adds the line break again
@@ -172,6 +175,7 @@ class Collator:
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=False,
+                **told,
             )
         except (ValueError, IndexError) as error:
             names = ", ".join(sample.origin or sample.id for sample in samples)
@@ -216,6 +220,12 @@ class Collator:
     def _opened(self, row: Rendered) -> Rendered:
         text = self._open(row.text)
         return Rendered(text=text, turns=tuple(turn.moved(text.index(row.text)) for turn in row.turns))
+
+
+def _takes_suffix(kind: type[ProcessorMixin]) -> bool:
+    """Whether its prompts are read in both directions, as PaliGemma's; before Transformers 5.23 suffixes are keywords of the text."""
+    text = getattr(getattr(kind, "valid_processor_kwargs", None), "__annotations__", {}).get("text_kwargs")
+    return "suffix" in inspect.signature(kind.__call__).parameters or "suffix" in getattr(text, "__annotations__", {})
 
 
 def _answered(sample: Sample, option: str) -> Sample:

@@ -51,7 +51,7 @@ def pretraining_blend(*, ratios: dict[str, float] | None = None, size: int = 200
         (44, {'captions': 20, 'documents': 20, 'text': 4})
     """
     ratios = RATIOS if ratios is None else ratios
-    _check(*ratios)
+    check_kinds(*ratios)
     sources = []
     for name, ratio in ratios.items():
         if ratio > 0:
@@ -78,7 +78,7 @@ def source_task(name: str, *, size: int = 2000) -> Task:
         UserError: an unknown kind.
     """
     kind = name.removeprefix(SOURCE)
-    _check(kind)
+    check_kinds(kind)
     if kind == "captions":
         found = load_task("captions", train_size=size, test_size=HELD_OUT)
         train, test = ([_caption(sample) for sample in part] for part in (found.train, found.test))
@@ -89,7 +89,12 @@ def source_task(name: str, *, size: int = 2000) -> Task:
     return Task(name=name, train=train, test=test, scoring="bits_per_byte")
 
 
-def _check(*kinds: str) -> None:
+def check_kinds(*kinds: str) -> None:
+    """Refuses a kind that is not there.
+
+    Raises:
+        UserError: with the nearest known.
+    """
     for kind in kinds:
         if kind not in RATIOS:
             raise UserError(f"Unknown kind of data '{kind}'. {nearest(kind, RATIOS)}")

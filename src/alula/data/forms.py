@@ -4,6 +4,7 @@ The forms are those of LLaVA and ShareGPT, of OpenAI and LLaMA-Factory, of TRL, 
 ones; see `FORMS`.
 """
 
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "developer": "system",
     "text": "text",
 }
 OPTIONAL = ("id", "image", "images", "options", "accepted", "language", "system")
@@ -132,7 +134,9 @@ def _turns_reader(row: Row, origin: str) -> Callable[[Row, str], Turns]:
             return reader
     forms = "; ".join(" + ".join(f"'{key}'" for key in needed) for needed in FORMS)
     half = [key for needed in FORMS for key in needed if key not in row and any(other in row for other in needed)]
-    todo = f"Add '{half[0]}' to the row" if half else "Rename the row's keys to one of these forms"
+    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    wrapped = f"If the rows are in '{lists[0]}', write that list alone" if lists else "Rename the row's keys to one of these forms"
+    todo = f"Add '{half[0]}' to the row" if half else wrapped
     raise BadRow(f"{origin}: no known row form in the keys {sorted(row)}. Known: {forms}. {todo}.")
 
 
@@ -187,8 +191,9 @@ def _turn(message: Any, where: str, origin: str) -> tuple[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f"{origin}: {where} is {shown(message)}, an object with role and content is wanted.")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if role not in ROLES:
-        raise BadRow(f"{origin}: {where} has role {role!r}. Known: {', '.join(ROLES)}. Rename or drop the message.", kind="role")
+    if not isinstance(role, str) or role not in ROLES:
+        came = f"{origin}: {where} has role {reprlib.repr(role)}."
+        raise BadRow(f"{came} Known: {', '.join(ROLES)}. Rename or drop the message.", kind="role")
     ignored = [key for key in ("loss", "weight", "tool_calls", "train") if message.get(key) is not None]
     if ignored:
         raise BadRow(

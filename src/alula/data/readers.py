@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from alula.data.boxes import check_boxes
 from alula.data.formats import Line, find_format, read_lines
+from alula.data.formats.class_labels import with_names
 from alula.data.formats.saved_dataset import MARKER, SPLITS
 from alula.data.formats.table import endings
 from alula.data.forms import sample_from_row
@@ -101,7 +102,7 @@ def read_task(
 ) -> Task:
     """A task from one file (split here), two files, or a folder that holds ``train`` and perhaps ``test``.
 
-    The split hashes what samples say: it is the same on every machine and in every order of the rows, and samples that
+    The split hashes what samples say and show: it is the same on every machine and in every order of the rows, and samples that
     are equal or share an id fall on the same side.
 
     Args:
@@ -239,18 +240,20 @@ def _opened(dataset: Any, image_root: Path | str | None) -> "Rows | Iterator[Sam
     if not isinstance(dataset, IterableDataset):
         raise UserError(f"A {type(dataset).__name__} came. A path, a datasets.Dataset or a datasets.IterableDataset is wanted.")
     stored = dataset.decode(False) if dataset.features else dataset
-    return (_numbered(row, number, name="dataset", roots=roots) for number, row in enumerate(stored, start=1))
+    described = dataset.features.to_dict() if dataset.features else None
+    return (_numbered(row, number, name="dataset", roots=roots, described=described) for number, row in enumerate(stored, start=1))
 
 
 def _rows_of(dataset: "Dataset", name: str, roots: Sequence[Path]) -> Rows:
-    found = Rows(dataset.with_format("arrow"), partial(_numbered, name=name, roots=roots))
+    stored = dataset if dataset.format["type"] == "custom" else dataset.with_format("arrow")  # custom: a transform of the user's
+    found = Rows(stored, partial(_numbered, name=name, roots=roots, described=dataset.features.to_dict()))
     for _ in found:  # makes every sample once: a row that cannot be used is told now, not in the middle of the training
         pass
     return _filled(found, name)
 
 
-def _numbered(row: dict[str, Any], number: int, *, name: str, roots: Sequence[Path]) -> Sample:
-    return sample_of(Line(origin=f"{name}:{number}", row=row), roots)
+def _numbered(row: dict[str, Any], number: int, *, name: str, roots: Sequence[Path], described: dict[str, Any] | None) -> Sample:
+    return sample_of(Line(origin=f"{name}:{number}", row=with_names(row, described)), roots)
 
 
 def _filled(samples: Filled, name: str) -> Filled:

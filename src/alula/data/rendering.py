@@ -55,6 +55,24 @@ def is_plain(sample: Sample) -> bool:
     return is_prose(sample) or sample.messages[0].role == TEXT
 
 
+def image_instructions(sample: Sample) -> list[str]:
+    """For each image what the message says that it stands in; of one that is no turn, what the image's line says.
+
+    So an image of a published few-shot prompt has its own question, and one alone on a line of a document the empty instruction, which
+    a sentence encoder makes zeros of: all that stands around it is a target.
+
+    Example:
+        >>> image_instructions(Sample.ask("What is\\nthis?", "a cat", images=(b"",)))
+        ['What is this?']
+    """
+    return [
+        " ".join(part.replace(PLACEHOLDER, " ").split())
+        for message in sample.messages
+        for part in (message.content.splitlines() if message.role == TEXT else [message.content])
+        for _ in range(part.count(PLACEHOLDER))
+    ]
+
+
 class ChatRenderer:
     """Renders samples with the chat template of `processor`.
 

@@ -1,16 +1,19 @@
 """One type for every example: image-text, text-only, interleaved, several images. It knows no model."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from alula.data.pixels import UNREADABLE, as_rgb
 from alula.errors import UserError, counted
 
 ImageSource = Image.Image | bytes | Path
 PLACEHOLDER = "<image>"
+Read = TypeVar("Read")
 
 
 class BadRow(UserError):
@@ -102,26 +105,44 @@ class Sample:
         return asked[-1].replace(PLACEHOLDER, "").strip() if asked else ""
 
     def open_images(self) -> list[Image.Image]:
-        """The images as RGB.
+        """The images as RGB, upright.
 
         Raises:
-            UserError: an image is missing or broken.
+            BadRow: an image is missing or broken.
         """
-        return [self._open(source) for source in self.images]
+        return [self._read(source, _opened) for source in self.images]
 
-    def _open(self, source: ImageSource) -> Image.Image:
+    def image_bytes(self) -> list[bytes]:
+        """What is stored of each image: the bytes of a file, of a picture in memory its pixels.
+
+        Raises:
+            BadRow: a file is missing or cannot be read.
+        """
+        return [self._read(source, _stored) for source in self.images]
+
+    def _read(self, source: ImageSource, read: Callable[[ImageSource], Read]) -> Read:
         where = self.origin or self.id
         try:
-            if isinstance(source, Image.Image):
-                return source.convert("RGB")
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                return opened.convert("RGB")
+            return read(source)
         except FileNotFoundError:
             raise BadRow(
                 f"{where}: no image file {source!s}. Correct the path (relative paths start at the data file's folder) or drop the row.",
                 kind="missing image",
             ) from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             name = source if isinstance(source, Path) else "the embedded image"
             message = f"{where}: {name} cannot be read as an image ({error}). Replace the file or drop the row."
             raise BadRow(message, kind="broken image") from error
+
+
+def _opened(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return as_rgb(source)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        return as_rgb(opened)
+
+
+def _stored(source: ImageSource) -> bytes:
+    if isinstance(source, Image.Image):
+        return f"{source.mode} {source.size}".encode() + source.tobytes()
+    return source if isinstance(source, bytes) else source.read_bytes()

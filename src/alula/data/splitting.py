@@ -1,9 +1,8 @@
-"""Which samples are held out for testing: decided by what they say, so that every machine decides alike. It reads no file."""
+"""Which samples are held out for testing: decided by what they say and show, so that every machine decides alike."""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from alula.data.sample import Sample
 from alula.data.views import Chosen
@@ -18,7 +17,7 @@ def split(samples: Sequence[Sample], *, test_ratio: float, seed: int) -> tuple[S
         seed: gives another split.
 
     Raises:
-        UserError: too few samples, or a ratio outside 0-1.
+        UserError: too few samples, a ratio outside 0-1, or an image file that cannot be read.
     """
     if not 0 < test_ratio < 1:
         raise UserError(f"test_ratio is {test_ratio}, a number between 0 and 1 is wanted. The default is 0.1.")
@@ -38,12 +37,13 @@ def split(samples: Sequence[Sample], *, test_ratio: float, seed: int) -> tuple[S
 
 
 def refuse_shared(train: Sequence[Sample], test: Sequence[Sample]) -> None:
-    """Checks that no test sample is a training sample too.
+    """Checks that no test sample is a training sample too; images are compared where the words are equal.
 
     Raises:
         UserError: one is; both are named.
     """
-    learnt = {content_key(sample): sample.origin for sample in train}
+    tested = {sample.messages for sample in test}
+    learnt = {content_key(sample): sample.origin for sample in train if sample.messages in tested}
     shared = [(learnt[key], sample.origin) for sample in test if (key := content_key(sample)) in learnt]
     if shared:
         first, second = shared[0]
@@ -54,16 +54,16 @@ def refuse_shared(train: Sequence[Sample], test: Sequence[Sample]) -> None:
 
 
 def content_key(sample: Sample) -> str:
-    """A hash of what `sample` says and shows; image files count by name, so a moved folder changes nothing."""
+    """A hash of what `sample` says and shows; image files count by their bytes, whatever they are called.
+
+    Raises:
+        BadRow: an image file cannot be read.
+    """
     digest = hashlib.sha256()
     for message in sample.messages:
         digest.update(f"{message.role}\0{message.content}\0".encode())
-    for source in sample.images:
-        if isinstance(source, Path):
-            digest.update(source.name.encode())
-        else:
-            digest.update(source if isinstance(source, bytes) else source.tobytes())
-        digest.update(b"\0")
+    for content in sample.image_bytes():
+        digest.update(content + b"\0")
     return digest.hexdigest()
 
 

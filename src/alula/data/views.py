@@ -37,7 +37,7 @@ class Rows(Sequence[Sample]):
     """The rows of a ``datasets.Dataset`` as samples; each row is read when its sample is asked for.
 
     Args:
-        table: the data set in its arrow format, which gives images as they are stored.
+        table: the data set in its arrow format, which gives images as they are stored; or with a transform, which gives dicts.
         to_sample: the sample of a row (as a dict) and its number from 1.
     """
 
@@ -57,4 +57,5 @@ class Rows(Sequence[Sample]):
         whole = range(len(self))[place]
         if isinstance(whole, range):
             return Chosen(self, whole)
-        return self._to_sample(self._table[whole].to_pylist()[0], whole + 1)
+        found = self._table[whole]
+        return self._to_sample(found if isinstance(found, dict) else found.to_pylist()[0], whole + 1)

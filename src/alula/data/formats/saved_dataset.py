@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alula.data.formats.class_labels import with_names
 from alula.data.formats.table import FORMATS, Format, Line
 from alula.errors import UserError
 
@@ -22,8 +23,9 @@ class SavedDataset(Format):
     def rows(self, path: Path) -> Iterator[Line]:
         """One after another from the disk."""
         stored = self.open(path).with_format("arrow")
+        described = stored.features.to_dict()
         for number in range(len(stored)):
-            yield Line(origin=f"{path.name}:{number + 1}", row=stored[number].to_pylist()[0])
+            yield Line(origin=f"{path.name}:{number + 1}", row=with_names(stored[number].to_pylist()[0], described))
 
     def open(self, path: Path) -> "Dataset":
         """The data set, mapped from the disk.

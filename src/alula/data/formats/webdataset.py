@@ -5,12 +5,12 @@ with images, and drops what the first five rows do not have without a word (data
 """
 
 import itertools
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alula.data.formats.json_value import only_value
 from alula.data.formats.table import FORMATS, Format, Line
 from alula.data.sample import BadRow
 from alula.errors import UserError
@@ -33,8 +33,8 @@ class WebDataset(Format):
         """Member after member, of which those of one row are held."""
         try:
             with tarfile.open(path) as archive:
-                members = ((*_split(member.name), archive.extractfile(member)) for member in archive if member.isfile())
-                named = ((key, field, content.read()) for key, field, content in members if field and content)
+                members = ((*_split(member.name), member) for member in archive if not member.isdir())
+                named = ((key, field, _content(archive, member)) for key, field, member in members if field)
                 for number, (key, group) in enumerate(itertools.groupby(named, key=lambda member: member[0]), start=1):
                     origin = f"{path.name}:{number}"
                     try:
@@ -53,27 +53,40 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", field.lower() if stem else ""
 
 
-def _row(members: dict[str, bytes], key: str, origin: str) -> dict[str, Any]:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    """What is in `member`; None for a link."""
+    content = archive.extractfile(member) if member.isfile() else None
+    return content.read() if content else None
+
+
+def _row(group: dict[str, bytes | None], key: str, origin: str) -> dict[str, Any]:
+    members = {field: content for field, content in group.items() if content is not None}
+    if link := next((field for field in group if field not in members), None):
+        message = f"{origin}: '{key}.{link}' is a link, a file is wanted. Write the archive again: tar --dereference --hard-dereference."
+        raise BadRow(message)
     pictures = {field: content for field, content in members.items() if field.rpartition(".")[2] in IMAGES}
     try:
         texts = [content.decode() for field, content in members.items() if field in TEXTS]
-        row = json.loads(members["json"]) if "json" in members else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = only_value(members["json"].decode("utf-8-sig")) if "json" in members else {}
+    except ValueError as error:
         message = f"{origin}: the text of '{key}' is not valid ({error}). Write UTF-8 text, and JSON into .json members."
         raise BadRow(message, kind="json") from error
     if not isinstance(row, dict):
         raise BadRow(f"{origin}: '{key}.json' holds a {type(row).__name__}, an object with keys is wanted. Write the archive again.")
     row = {name: value for name, value in row.items() if value is not None}
     if set(row) <= {"id"} and len(texts) == 1:
+        if not pictures:
+            message = f"{origin}: the caption '{key}' has no image. Add the image beside it, or write prose as a .json with 'text'."
+            raise BadRow(message, kind="missing image")
         row |= {"question": "", "answer": texts[0]}
-    named = row.pop("images", None) or row.pop("image", None) or list(pictures)
-    row.pop("image", None)
-    names = [named] if isinstance(named, str) else named
-    return {"id": key, **row, "images": [_content(name, pictures, key) for name in names]}
+    column = next((name for name in ("image", "images") if row.get(name)), "images")
+    named = row.get(column) or list(pictures)
+    return {"id": key, **row, column: [_named(value, pictures, key) for value in (named if isinstance(named, list) else [named])]}
 
 
-def _content(name: Any, pictures: dict[str, bytes], key: str) -> Any:
-    """The bytes of the member that `name` names; `name` itself where it names none."""
+def _named(value: Any, pictures: dict[str, bytes], key: str) -> Any:
+    """The bytes of the member that `value` names; `value` itself where it names none."""
+    name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
     if not isinstance(name, str):
-        return name
+        return value
     return pictures.get(name.lower(), pictures.get(_split(name)[1], name) if _split(name)[0] in (key, Path(key).name) else name)

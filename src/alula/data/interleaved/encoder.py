@@ -64,8 +64,8 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        """One unit row for each text."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        """One unit row for each text; zeros for one without words."""
+        order = sorted((index for index, text in enumerate(texts) if text.strip()), key=lambda index: len(texts[index]))
         rows = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]

@@ -72,8 +72,8 @@ def draw(rows: list[dict[str, Any]], split: str, index: int, *, seed: int) -> Sa
         parts = []
         for place, box in zip(words, halves, strict=True):
             row, count = rng.choice(rows), rng.randint(1, 3)
-            for index in range(count):
-                _paste(scene, decode(row["image"]), rng, box=_slice(box, index, count, is_tall=is_beside))
+            for place_of_one in range(count):
+                _paste(scene, decode(row["image"]), rng, box=_slice(box, place_of_one, count, is_tall=is_beside))
             parts.append(f"{COUNTS[count]} {row['en'] if count == 1 else row['plural']} {place}")
         said = " and ".join(parts)
     return Sample.ask(

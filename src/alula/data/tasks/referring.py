@@ -18,7 +18,7 @@ from alula.data.tasks.table import INFO, TASKS, TaskInfo
 
 NAME = "referring"
 SIZES = {"train": 3000, "test": 500}
-CELLS = range(9)
+CELLS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 INFO.register(NAME)(
     TaskInfo(
         summary="The box of the thing that is named, is outermost among its like, or is on one side of another thing.",
