@@ -1,12 +1,13 @@
 """Models of two architectures, each with a pool of two experts; and the commands that take experts out of it."""
 
+import pytest
 from typer.testing import CliRunner
 
 from alula.cli.app import app
 from alula.context import Routing
 from alula.mixture import attach, observe
 from alula.pool import Pool
-from test_pool import logits, teach
+from pool_of_one import logits, teach
 from zoo import build, example_batch
 
 MODELS = ("llava", "qwen2_vl")  # the first has other names on disk than in memory, the second biases
@@ -32,6 +33,16 @@ class World:
     def logits(self, **weights):
         with self.mixtures.using(Routing(fixed=weights)):
             return logits(self.model, self.batch)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    return {name: World(tmp_path_factory.mktemp("worlds"), name) for name in MODELS}
+
+
+@pytest.fixture
+def world(worlds):
+    return worlds["llava"]
 
 
 def alula(*arguments):

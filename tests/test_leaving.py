@@ -18,19 +18,12 @@ from alula.files import read_json, write_json, write_jsonl
 from alula.mixture import attach
 from alula.peft_format import read_pairs
 from alula.pool import Pool
-from leaving_pools import MODELS, World, alula, refused
-from test_pool import logits, teach
+from composed_models import tiny_model
+from leaving_pools import MODELS, alula, refused, world, worlds
+from pool_of_one import logits, teach
 from zoo import build, example_batch
 
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    return {name: World(tmp_path_factory.mktemp("worlds"), name) for name in MODELS}
-
-
-@pytest.fixture
-def world(worlds):
-    return worlds["llava"]
+__all__ = ["world", "worlds"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,23 +77,22 @@ assert not [name for name in sys.modules if name.split(".")[0] == "alula"]
 
 
 def test_a_merged_model_gives_the_mixtures_logits_without_alula(worlds, tmp_path):
-    for name, world in worlds.items():
+    for name, one in worlds.items():
         out = tmp_path / name / "model"
-        alula("merge", world.folder, "--expert", "invoices=0.5", "--expert", "receipts", "--out", out, "--dtype", "float32")
+        alula("merge", one.folder, "--expert", "invoices=0.5", "--expert", "receipts", "--out", out, "--dtype", "float32")
         assert (out / "tokenizer.json").exists() and list(out.glob("*processor_config.json"))
-        save_file({key: value.contiguous() for key, value in world.batch.items()}, tmp_path / name / "batch.safetensors")
+        save_file({key: value.contiguous() for key, value in one.batch.items()}, tmp_path / name / "batch.safetensors")
     command = [sys.executable, "-c", LOAD_WITHOUT_ALULA, *(str(tmp_path / name) for name in worlds)]
     subprocess.run(command, check=True, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""})
-    for name, world in worlds.items():
+    for name, one in worlds.items():
         found = load_file(tmp_path / name / "logits.safetensors")["logits"]
-        torch.testing.assert_close(found, world.logits(invoices=0.5, receipts=1.0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, one.logits(invoices=0.5, receipts=1.0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_merged_composed_model_ties_its_weights_still_and_says_what_loads_it(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     from alula.running.merging import merge_pool
-    from test_composed import tiny_model
 
     model = tiny_model().eval()
     model.save_pretrained(tmp_path / "base")
@@ -134,7 +126,10 @@ def test_what_cannot_be_merged_is_told_and_leaves_no_folder(world, tmp_path):
     assert "not empty" in refused("merge", world.folder, "--expert", "invoices", "--out", tmp_path / "full")
     learners = shutil.copytree(world.folder, tmp_path / "learners")
     manifest = read_json(learners / "pool.json")
-    write_json(learners / "pool.json", {**manifest, "experts": [], "learners": [{"name": "birds", "files": {}}]})
+    files = dict.fromkeys(("learners.json", "learners.safetensors"), "0" * 64)
+    for file in files:
+        write_json(learners / "learners" / "birds" / file, None)
+    write_json(learners / "pool.json", {**manifest, "experts": [], "learners": [{"name": "birds", "files": files}]})
     assert "no weight of the base model can take them up" in refused("merge", learners, "--expert", "birds", "--out", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "learners"]
 

@@ -8,42 +8,11 @@ import torch
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import sha256
-from alula.mixture import attach, observe
+from alula.mixture import observe
 from alula.peft_format import read_adapter
 from alula.pool import Pool
+from pool_of_one import logits, make_pool, teach, with_expert
 from zoo import build, example_batch
-
-
-def with_expert(name="llava", *, expert="invoices", seed=1):
-    model, processor = build(name)
-    mixtures = attach(model)
-    teach(mixtures, expert, seed=seed)
-    return model, processor, mixtures
-
-
-def teach(mixtures, expert, *, seed):
-    generator = torch.Generator().manual_seed(seed)
-    mixtures.grow(expert, rank=2, generator=generator)
-    for mixture in mixtures.sites.values():
-        mixture.experts.B[-1].data.normal_(std=0.2, generator=generator)
-        mixture.routers["gate"].gates[-1].data.normal_(generator=generator)
-    mixtures.freeze()
-    mixtures.refresh()
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model(**batch).logits
-
-
-def make_pool(folder):
-    model, processor, mixtures = with_expert()
-    batch, text = example_batch("llava", processor), example_batch("llava", processor, text_only=True)
-    observe(mixtures, "invoices", batch)
-    observe(mixtures, "base", text)
-    pool = Pool.create(folder, mixtures, base="tiny")
-    pool.add(mixtures, "invoices", about={"samples": 2})
-    return model, processor, mixtures, pool
 
 
 def test_a_loaded_pool_gives_the_same_logits_for_every_router(tmp_path):

@@ -12,23 +12,9 @@ from alula.errors import UserError
 from alula.pool import Pool
 from alula.pool.lock import locked
 from alula.running.alone import alone
-from test_pool import make_pool, teach
+from pool_of_one import folder, made, teach
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pool with one expert and the live model that carries it."""
-    folder = tmp_path_factory.mktemp("made") / "pool"
-    return folder, *make_pool(folder)
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    """A copy that a test may spoil."""
-    copy = tmp_path / "pool"
-    subprocess.run(["cp", "-r", made[0], copy], check=True)
-    return copy
-
+__all__ = ["folder", "made"]
 
 HOLD = """
 import sys, time

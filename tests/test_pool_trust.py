@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,27 +13,15 @@ from safetensors.torch import load_file, save_file
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import read_json, sha256, write_json, write_jsonl
+from alula.learners import attach_learners
 from alula.pool import Pool
 from alula.pool.manifest import read_manifest
 from alula.pool.renaming import guess
 from alula.report.pool_page import build_pool_report
-from test_pool import logits, make_pool, teach
+from pool_of_one import folder, logits, made, teach
 from zoo import build, example_batch
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pool with one expert and the live model that carries it."""
-    folder = tmp_path_factory.mktemp("made") / "pool"
-    return folder, *make_pool(folder)
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    """A copy that a test may spoil."""
-    copy = tmp_path / "pool"
-    subprocess.run(["cp", "-r", made[0], copy], check=True)
-    return copy
+__all__ = ["folder", "made"]
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +104,17 @@ def test_a_rename_is_guessed_only_where_one_rule_explains_all():
     assert guess(["a.x.q", "b.y.q"], ["c.x.q", "d.y.q"]) == {}
 
 
+X = {"name": "x", "files": dict.fromkeys(("adapter_config.json", "adapter_model.safetensors"), "0" * 64)}
 LIES = {
-    "a name that leads out": ({"experts": [{"name": "../../x", "files": {}}]}, r"'experts\.0\.name' is '\.\./\.\./x'"),
-    "a file that leads out": ({"experts": [{"name": "x", "files": {"../y": "0" * 64}}]}, r"experts\.0\.files"),
-    "a name with markup": ({"experts": [{"name": "<script>", "files": {}}]}, "<script>"),
-    "the same name twice": ({"experts": [{"name": "x", "files": {}}] * 2}, "x comes twice"),
-    "another base": ({"experts": [{"name": "x", "files": {}, "base": "1" * 64}]}, "x was trained on another base model"),
+    "a name that leads out": ({"experts": [{**X, "name": "../../x"}]}, r"'experts\.0\.name' is '\.\./\.\./x'"),
+    "a file that leads out": ({"experts": [{**X, "files": {"../y": "0" * 64}}]}, r"experts\.0\.files"),
+    "a name with markup": ({"experts": [{**X, "name": "<script>"}]}, "<script>"),
+    "the same name twice": ({"experts": [X, X]}, "x comes twice"),
+    "another base": ({"experts": [{**X, "base": "1" * 64}]}, "x was trained on another base model"),
+    "an expert nobody can check": ({"experts": [{"name": "invoices", "files": {}}]}, "does not name experts/invoices/adapter_config"),
+    "learners nobody can check": ({"learners": [{"name": "x", "files": {}}]}, "does not name learners/x/learners.json"),
     "an unknown key": ({"loader": "os.system"}, "'loader'"),
-    "a score of text": ({"experts": [{"name": "x", "files": {}, "about": {"before": "<b>"}}]}, r"about\.before"),
+    "a score of text": ({"experts": [{**X, "about": {"before": "<b>"}}]}, r"about\.before"),
     "an unknown router": ({"arm": "analitic"}, "Did you mean 'analytic'"),
     "a terminal's orders": ({"base": {"name": "a\x1b[2J", "fingerprint": "0" * 64}}, r"base\.name"),
     "a newer format": ({"format": 2}, "Install a newer alula"),
@@ -142,32 +132,45 @@ def test_a_manifest_with_what_no_alula_writes_is_refused(lie, folder):
 
 def test_absurd_json_is_refused_unread(folder):
     (folder / "pool.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match=r"nested deeper|not valid JSON"):
+    with pytest.raises(UserError, match="nested too deeply"):
         read_manifest(folder)
     os.truncate(folder / "pool.json", 2**40)  # a hole: the disk holds nothing of it
-    with pytest.raises(UserError, match="1,099,511,627,776 bytes"):
+    with pytest.raises(UserError, match="no file of up to 67,108,864 bytes"):
+        read_manifest(folder)
+    (folder / "pool.json").unlink()
+    os.mkfifo(folder / "pool.json")  # who reads it waits for ever
+    with pytest.raises(UserError, match="no file of up to"):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("file", ["experts/invoices/adapter_model.safetensors", "base/router.safetensors", "pool.json"])
-def test_a_link_out_of_the_pool_is_refused(file, folder, tmp_path):
-    (folder / file).rename(tmp_path / "elsewhere")
-    (folder / file).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="leads out of"):
-        Pool.open(folder)
+def test_absurd_json_in_an_expert_or_its_predictions_is_refused_and_the_model_is_as_it_was(folder, fresh):
+    deep, digits = "[" * 200_000, f'{{"r": {"1" * 5000}}}'
+    for content, says in ((deep, "nested too deeply"), (digits, "4300 digits")):
+        (folder / "experts" / "invoices" / "adapter_config.json").write_text(content)
+        vouch(folder)
+        with pytest.raises(UserError, match=f"adapter_config.json:1: not valid JSON .*{says}"):
+            Pool.open(folder).attach(fresh)
+        (folder / "experts" / "invoices" / "predictions.jsonl").write_text(f"{{}}\n{content}\n")
+        with pytest.raises(UserError, match=f"predictions.jsonl:2: not valid JSON .*{says}"):
+            build_pool_report(folder)
+    assert is_bare(fresh)
 
 
-def test_adding_through_a_link_out_of_the_pool_is_refused(made, folder, tmp_path):
-    _, _, _, mixtures, _ = made
-    pool = Pool.open(folder)
-    (tmp_path / "elsewhere").mkdir()
-    (folder / "experts" / "copy").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="leads out of"):
-        pool.add(mixtures, "copy", about={})
-    assert not list((tmp_path / "elsewhere").iterdir())
+def is_bare(model):
+    return not any(type(module).__module__.startswith("alula") for module in model.modules())
 
 
-@pytest.mark.parametrize("lie", ["rank", "width", "config", "pair"])
+def test_whatever_goes_wrong_while_a_pool_is_attached_the_model_is_as_it_was(folder, fresh, monkeypatch):
+    def fail(folder):
+        raise MemoryError
+
+    monkeypatch.setattr("alula.pool.expert_files.read_pairs", fail)
+    with pytest.raises(MemoryError):
+        Pool.open(folder).attach(fresh)
+    assert is_bare(fresh)
+
+
+@pytest.mark.parametrize("lie", ["rank", "width", "config", "pair", "type"])
 def test_sizes_that_do_not_fit_the_model_are_refused_before_a_tensor_is_read(lie, folder, fresh, monkeypatch):
     expert = folder / "experts" / "invoices"
     tensors = load_file(expert / "adapter_model.safetensors")
@@ -179,34 +182,59 @@ def test_sizes_that_do_not_fit_the_model_are_refused_before_a_tensor_is_read(lie
         tensors[key] = torch.zeros(2, width + 1)
     elif lie == "pair":
         tensors[key] = torch.zeros(3, width)
+    elif lie == "type":
+        tensors[key] = torch.zeros(2, width, dtype=torch.int64)
     save_file(tensors, expert / "adapter_model.safetensors")
     if lie == "config":
         write_json(expert / "adapter_config.json", {**read_json(expert / "adapter_config.json"), "r": 64})
-    else:
+    elif lie != "type":
         monkeypatch.setattr("alula.peft_format.map_tensors", lambda path: pytest.fail("read"))
     vouch(folder)
     says = {"rank": "has rank 5,000 in a layer", "width": "made for another base model", "config": "rank 64", "pair": "do not multiply"}
-    with pytest.raises(UserError, match=says[lie]):
+    with pytest.raises(UserError, match=says.get(lie, "is torch.int64; floating point is accepted")):
         Pool.open(folder).attach(fresh)
-    assert not any(type(module).__module__.startswith("alula") for module in fresh.modules())
+    assert is_bare(fresh)
 
 
 def test_a_router_file_larger_than_the_model_is_refused_unread(folder, fresh):
     os.truncate(folder / "experts" / "invoices" / "router.safetensors", 2**33)
-    (expert,) = read_json(folder / "pool.json")["experts"]
-    change_expert(folder, files={key: value for key, value in expert["files"].items() if "router" not in key})
-    with pytest.raises(UserError, match="more than the base model itself"):
+    with pytest.raises(UserError, match="8,589,934,592 bytes; 1,073,741,824 are the most"):
         Pool.open(folder).attach(fresh)
 
 
-def test_learners_that_ask_for_more_than_their_file_holds_are_refused_unallocated(folder, fresh):
+def with_learners(folder, config, tensors):
     home = folder / "learners" / "birds"
     home.mkdir(parents=True)
-    write_json(home / "learners.json", {"rank": 10**9})
-    save_file({"a": torch.zeros(2, 2)}, home / "learners.safetensors")
+    (home / "learners.json").write_text(config)
+    save_file(tensors, home / "learners.safetensors")
     files = {file: sha256(home / file) for file in ("learners.json", "learners.safetensors")}
     change(folder, learners=[{"name": "birds", "files": files}])
-    with pytest.raises(UserError, match="asks for rank 1,000,000,000"):
+    return home
+
+
+@pytest.mark.parametrize("asked", [{"rank": 10**9}, {"rank": "65536"}, {"rank": 1e9}, {"rank": 4, "positions": 65536}, {"rank": 2}])
+def test_learners_that_ask_for_other_sizes_than_their_file_has_are_refused_unallocated(asked, folder, fresh, monkeypatch):
+    learners = attach_learners(fresh, rank=4, positions=8)
+    tensors = {name: tensor.clone() for name, tensor in learners.tensors().items()}
+    learners.detach()
+    with_learners(folder, json.dumps({"rank": 4, "positions": 8, **asked}), tensors)
+    allocated = []
+
+    def attaching(model, *, config):
+        allocated.append((config.rank, config.positions))
+        return attach_learners(model, config=config)
+
+    monkeypatch.setattr("alula.learner_format.attach_learners", attaching)
+    with pytest.raises(UserError, match=r"holds 'layers\.\S+' of shape .*; learners.json asks for"):
+        Pool.open(folder).attach_learners(fresh)
+    assert allocated == [(1, 1)]
+    assert is_bare(fresh)
+
+
+@pytest.mark.parametrize(("config", "says"), [("[1]", "the file: "), ('{"rnk": 4}', "rnk: "), ("[" * 200_000, "nested too deeply")])
+def test_a_configuration_of_learners_that_is_none_is_refused(config, says, folder, fresh):
+    with_learners(folder, config, {"a": torch.zeros(2, 2)})
+    with pytest.raises(UserError, match=f"learners.json:.*{says}"):
         Pool.open(folder).attach_learners(fresh)
 
 

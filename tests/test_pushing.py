@@ -14,19 +14,11 @@ from alula.errors import UserError
 from alula.files import read_json, write_json, write_jsonl
 from alula.pool import Pool
 from alula.report.card import YOURS, write_card
-from leaving_pools import MODELS, World, alula, refused
-from test_pool import logits
+from leaving_pools import alula, refused, world, worlds
+from pool_of_one import logits
 from zoo import build
 
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    return {name: World(tmp_path_factory.mktemp("worlds"), name) for name in MODELS}
-
-
-@pytest.fixture
-def world(worlds):
-    return worlds["llava"]
+__all__ = ["world", "worlds"]
 
 
 def head_of(card):

@@ -1,14 +1,18 @@
 """The endpoint under load: clients that leave, a full queue, a late turn, an answer that takes too long."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+from PIL import Image, ImageFile
 
 from alula.running.learn import open_pool
-from served_pool import ask, said, serving
+from alula.serving.limits import Limits
+from alula.serving.requests import read_conversation, read_request
+from served_pool import ask, said, seen, serving
 from taught_pool import taught_pool
 
 
@@ -47,6 +51,13 @@ def until(is_so, seconds=20):
         time.sleep(0.02)
 
 
+def test_images_wait_packed(monkeypatch):
+    body = {"model": "pool", "messages": [seen(Image.new("L", (1200, 1200)))]}
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("unpacked"))
+    (image,) = read_conversation(read_request(json.dumps(body).encode()), limits=Limits()).images
+    assert isinstance(image, bytes) and len(image) < 5_000
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_generation(opened, stream):
     with serving(opened, max_new_tokens=500) as (address, answerer), Slow(opened.model, 0.05) as slow:
@@ -75,7 +86,7 @@ def test_a_full_queue_is_429_a_late_turn_503_and_time_ends_an_answer(opened):
         second = pool.submit(ask, client, said("hi"), model="base", max_tokens=500)
         until(lambda: answerer.num_jobs == 2)
         with pytest.raises(openai.RateLimitError):
-            ask(client, said("hi"))
+            ask(client, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "not looked into"}}]})
         assert first.result().choices[0].finish_reason == "length"
         assert 0 < first.result().usage.completion_tokens < 100
         ended = second.exception() or second.result()  # it begins at the very moment its time is over, or not at all

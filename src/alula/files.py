@@ -102,18 +102,30 @@ def _text(path: Path | str) -> str:
         raise UserError(f"Cannot read {path}: {error}. A UTF-8 text file is wanted.") from error
 
 
+def _value(text: str, *, path: Path | str, number: int = 1, remedy: str) -> Any:
+    """The JSON value in a text that starts at line `number` of `path`.
+
+    Raises:
+        UserError: it is none, is nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        number, problem = number + error.lineno - 1, error.msg
+    except RecursionError:
+        problem = "it is nested too deeply"
+    except ValueError as error:
+        problem = str(error)
+    raise UserError(f"{path}:{number}: not valid JSON ({problem}). {remedy}")
+
+
 def read_json(path: Path | str) -> Any:
     """The JSON value in `path`, of whatever type was written there.
 
     Raises:
         UserError: no such file, or not JSON (with the line).
     """
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). The file may be half written: restore or delete it."
-        ) from error
+    return _value(_text(path), path=path, remedy="The file may be half written: restore or delete it.")
 
 
 def read_jsonl(path: Path | str) -> list[dict]:
@@ -126,10 +138,7 @@ def read_jsonl(path: Path | str) -> list[dict]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error.msg}). One JSON object a line is wanted.") from error
+        row = _value(line, path=path, number=number, remedy="One JSON object a line is wanted.")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a {type(row).__name__} came, one JSON object a line is wanted.")
         rows.append(row)

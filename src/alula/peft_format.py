@@ -69,6 +69,8 @@ def read_pairs(folder: Path | str) -> tuple[Pairs, dict[str, float]]:
     scales = {path: _scale(config, path, rank, folder) for path, (rank, _, _) in _widths(folder).items()}
     pairs: Pairs = {}
     for key, tensor in map_tensors(folder / TENSORS).items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{folder / TENSORS}: '{key}' is {tensor.dtype}; floating point is accepted. Retrain it as plain LoRA.")
         path, matrix = _place(key, folder)
         pairs.setdefault(path, {})[matrix] = tensor
     return pairs, scales

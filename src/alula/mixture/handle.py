@@ -15,6 +15,7 @@ from alula.mixture.mixture import Mixture
 from alula.models.anatomy import Anatomy
 from alula.models.parameters import freeze_base
 from alula.routers import ROUTERS, GateRouter, PromptRouter, Router
+from alula.routers.stored import by_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,16 +248,18 @@ class Mixtures:
         return found
 
     def restore_router(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `router_tensors` gave."""
-        grouped: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            site, _, last = key.rpartition(".")
-            grouped.setdefault(site, {})[last] = tensor
-        prompt = {key.removeprefix("prompt."): tensor for key, tensor in tensors.items() if key.startswith("prompt.")}
-        self.prompt_router.restore(name, prompt)
-        for kind, where, router in self._routers():
-            if f"{kind}.{where}" in grouped:
-                router.restore(name, grouped[f"{kind}.{where}"])
+        """Takes back what `router_tensors` gave, but nothing of routers that `attach(routers=)` left out.
+
+        Raises:
+            UserError: a tensor of no router, or of another shape; nothing was taken back then.
+        """
+        routers: dict[str, PromptRouter | Router] = {"prompt": self.prompt_router}
+        routers |= {f"{kind}.{where}": router for kind, where, router in self._routers()}
+        left_out = set(ROUTERS) - {place.partition(".")[0] for place in routers}
+        wanted = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] not in left_out}
+        for place, own in by_router(wanted, {place: router.shapes(name) for place, router in routers.items()}).items():
+            if own:
+                routers[place].restore(name, own)
 
     def _routers(self) -> Iterator[tuple[str, str, Router]]:
         seen: set[int] = set()

@@ -1,6 +1,7 @@
 """A model's adapters as a folder, in and out, with what a pool promises: no half of it, no other base model, no absurd size is read."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from alula.models.loading import values_fingerprint
 from alula.peft_format import few, header
 from alula.pool.expert_files import digests
 from alula.pool.manifest import Base, Digest, FileName, inside, read_small_json
-from alula.pool.trust import check_files, check_size
+from alula.pool.trust import check_files, largest_file
 
 FORMAT = 1
 MANIFEST, TENSORS, TRAINED = "adapters.json", "adapters.safetensors", "trained.safetensors"
@@ -91,20 +92,17 @@ def load_adapters(model: nn.Module, folder: Path | str, *, tokenizer: Any = None
     manifest = _read_manifest(home)
     for file in manifest.files:
         inside(home / file, root=home)
-    check_files(home, manifest.files)
-    for file in manifest.files:
-        check_size(home / file, model)
+    check_files(home, manifest.files, largest=largest_file(model))
     _check_base(model, manifest.base, home)
     _check_widths(manifest.config, home / TENSORS)
     config = manifest.config.model_copy(update={"instruction": instruction}) if instruction else manifest.config
     adapters = attach_adapters(model, config=config, tokenizer=tokenizer)
-    try:
+    with ExitStack() as undo:
+        undo.callback(adapters.detach)
         adapters.load(read_tensors(home / TENSORS))
         if TRAINED in manifest.files:
             adapters.exchange(read_tensors(home / TRAINED), origin=str(home / TRAINED))
-    except UserError:
-        adapters.detach()
-        raise
+        undo.pop_all()
     return adapters
 
 

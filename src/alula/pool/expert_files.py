@@ -1,13 +1,13 @@
 """The files of one expert: its adapter in PEFT's format, and what routes to it. It knows no manifest."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from alula.errors import UserError
 from alula.files import read_tensors, sha256, write_tensors
 from alula.mixture import Mixtures
 from alula.peft_format import CONFIG, TENSORS, adapted, check_fit, header, read_pairs, write_adapter
 from alula.pool.renaming import check_there, rename
-from alula.pool.trust import check_size
 
 ROUTER = "router.safetensors"
 
@@ -27,11 +27,14 @@ def write_router(mixtures: Mixtures, name: str, path: Path) -> tuple[str, ...]:
     return (path.name,)
 
 
-def read_expert(mixtures: Mixtures, name: str, folder: Path, *, renamed: Mapping[str, str]) -> None:
+def read_expert(mixtures: Mixtures, name: str, folder: Path, *, files: Collection[str], renamed: Mapping[str, str]) -> None:
     """Adds the expert in `folder` under the model's present names of modules.
 
+    Args:
+        files: the names of its files; no other is read.
+
     Raises:
-        UserError: layers that the model does not have, shapes of another model, or damaged files.
+        UserError: layers or routers that the model does not have, shapes of another model, or damaged files.
     """
     paths = {path: rename(path, renamed) for path in adapted(folder)}
     check_there(paths.values(), mixtures.sites, what=folder)
@@ -39,24 +42,28 @@ def read_expert(mixtures: Mixtures, name: str, folder: Path, *, renamed: Mapping
     pairs, scales = read_pairs(folder)
     renamed_scales = {paths[path]: scale for path, scale in scales.items()}
     mixtures.adopt(name, {paths[path]: pair for path, pair in pairs.items()}, scales=renamed_scales)
-    read_router(mixtures, name, folder / ROUTER, renamed=renamed)
+    read_router(mixtures, name, folder, files=files, renamed=renamed)
 
 
-def read_router(mixtures: Mixtures, name: str, path: Path, *, renamed: Mapping[str, str]) -> None:
-    """Takes back what routes to an expert, or to the base model, where there is such a file.
+def read_router(mixtures: Mixtures, name: str, folder: Path, *, files: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Takes back what routes to an expert, or to the base model, where such a file is among `files`.
 
     Raises:
-        UserError: a damaged or absurdly large file.
+        UserError: a damaged file, or one of another model.
     """
-    if path.exists():
-        found = read_tensors(check_size(path, mixtures.model))
+    if ROUTER not in files:
+        return
+    found = read_tensors(folder / ROUTER)
+    try:
         mixtures.restore_router(name, {_renamed(key, renamed): tensor for key, tensor in found.items()})
+    except UserError as error:
+        raise UserError(f"{folder / ROUTER}: {error} If another version of transformers renamed its modules: alula remap.") from error
 
 
-def routed(path: Path) -> set[str]:
-    """The modules that a file of routers speaks of; no tensor is read."""
-    keys = header(path) if path.exists() else {}
-    return {key.split(".", 1)[1].rpartition(".")[0] for key in keys if not key.startswith("prompt.")}
+def routed(folder: Path, files: Collection[str]) -> set[str]:
+    """The modules that the file of routers among `files` speaks of; no tensor is read."""
+    keys = header(folder / ROUTER) if ROUTER in files else {}
+    return {key.partition(".")[2].rpartition(".")[0] for key in keys if not key.startswith("prompt.")}
 
 
 def digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
@@ -66,5 +73,5 @@ def digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 def _renamed(key: str, renamed: Mapping[str, str]) -> str:
     """``gate.<module>.<tensor>`` with the module's present name; ``prompt.<layer>.<tensor>`` names no module."""
-    kind, _, rest = key.partition(".")
-    return key if kind == "prompt" else f"{kind}.{rename(rest, renamed)}"
+    kind, dot, rest = key.partition(".")
+    return key if kind == "prompt" else f"{kind}{dot}{rename(rest, renamed)}"

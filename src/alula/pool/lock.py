@@ -10,7 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from alula.errors import UserError
-from alula.files import told_of
+from alula.files import told_of, write_text
+from alula.pool.manifest import check_links
 
 LOCK, HOLDER = ".lock", ".holder"
 
@@ -23,9 +24,10 @@ def locked(folder: Path | str, *, doing: str) -> Iterator[None]:
         doing: what others are told, such as ``learning 'invoices'``.
 
     Raises:
-        UserError: somebody else holds it (with who and since when), or the folder cannot be written.
+        UserError: somebody else holds it (with who and since when), the folder cannot be written, or a link in it leads elsewhere.
     """
     home = Path(folder).resolve()
+    check_links(home)
     lock, holder = FileLock(home / LOCK, is_singleton=True, timeout=0), home / HOLDER
     with told_of(home / LOCK):
         home.mkdir(parents=True, exist_ok=True)
@@ -39,9 +41,9 @@ def locked(folder: Path | str, *, doing: str) -> Iterator[None]:
     is_outermost = lock.lock_counter == 1
     try:
         if is_outermost:
-            with contextlib.suppress(OSError):  # a courtesy: on a full disk others are told less
+            with contextlib.suppress(UserError):  # a courtesy: on a full disk others are told less
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, {doing} since {since}", encoding="utf-8")
+                write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, {doing} since {since}")
         yield
     finally:
         if is_outermost:

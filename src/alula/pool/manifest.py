@@ -1,5 +1,6 @@
 """What may stand in ``pool.json``, and nothing else: pools come from strangers, too. It knows no torch."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,14 +83,18 @@ class Manifest(_Strict):
     learners: list[Entry] = Field(default_factory=list)
 
 
-def read_manifest(folder: Path | str) -> dict[str, Any]:
+def read_manifest(folder: Path | str, *, root: Path | None = None) -> dict[str, Any]:
     """The manifest of the pool in a folder, checked, with every optional key.
 
+    Args:
+        root: where links in the folder may lead; None: into the folder itself.
+
     Raises:
-        UserError: no pool there, one of a newer format, or anything that no alula writes: a name that leads out of the folder,
-            an expert of another base model, the same name twice.
+        UserError: no pool there, one of a newer format, or anything that no alula writes: a name or a link that leads out of the
+            folder, an expert of another base model, the same name twice.
     """
     path = Path(folder) / MANIFEST
+    check_links(path.parent, root=root)
     if not path.exists():
         raise UserError(f"No pool in {folder} ({MANIFEST} is missing). Make one with `alula learn --pool {folder} ...`.")
     raw = read_small_json(path)
@@ -110,14 +115,11 @@ def read_small_json(path: Path) -> Any:
     """The JSON in a file that is small if it is ours.
 
     Raises:
-        UserError: it is absurdly large or deep, or no JSON.
+        UserError: it is absurdly large, no file to read from, or no JSON.
     """
-    if path.exists() and path.stat().st_size > LARGEST:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes; alula writes a few thousand. Do not use this pool.")
-    try:
-        return read_json(path)
-    except RecursionError:
-        raise UserError(f"{path} is nested deeper than any pool's. Do not use this pool.") from None
+    if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
+        raise UserError(f"{path} is no file of up to {LARGEST:,} bytes; alula writes a few thousand. Do not use this pool.")
+    return read_json(path)
 
 
 def inside(path: Path, *, root: Path) -> Path:
@@ -126,9 +128,25 @@ def inside(path: Path, *, root: Path) -> Path:
     Raises:
         UserError: it leads out.
     """
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{path} leads out of {root}, to {path.resolve()}. A pool's files are in its folder: do not use this pool.")
+    real = os.path.realpath(path)  # unlike Path.resolve it takes links in a circle
+    if not Path(real).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{path} leads out of {root}, to {real}. A pool's files are in its folder: do not use this pool.")
     return path
+
+
+def check_links(folder: Path, *, root: Path | None = None) -> None:
+    """Refuses a folder with links to elsewhere, before anything is read or written through one.
+
+    Args:
+        root: where links may lead; None: into the folder itself.
+
+    Raises:
+        UserError: with the first such link.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(path := os.path.join(place, name)):
+                inside(Path(path), root=root or folder)
 
 
 def _check_entries(kind: str, entries: list[Entry], base: Base, path: Path) -> None:

@@ -12,8 +12,6 @@ from alula.context import BASE, Routing
 from alula.errors import UserError, nearest
 from alula.experts.lora import check_name
 from alula.files import write_json
-from alula.learner_format import CONFIG as LEARNER_CONFIG
-from alula.learner_format import TENSORS as LEARNER_TENSORS
 from alula.learner_format import read_learners, write_learners
 from alula.learners import Learners
 from alula.mixture import Mixtures, attach
@@ -24,9 +22,9 @@ from alula.pool.expert_files import ROUTER, digests, read_expert, read_router, r
 from alula.pool.export import export_adapter, export_for_vllm, new_folder, vllm_command
 from alula.pool.hub import CARD, download, is_hub_name, upload
 from alula.pool.lock import locked
-from alula.pool.manifest import FORMAT, MANIFEST, inside, read_manifest
+from alula.pool.manifest import FORMAT, MANIFEST, check_links, read_manifest
 from alula.pool.renaming import rules_for
-from alula.pool.trust import check_files, check_present, check_size, check_widths, listed
+from alula.pool.trust import check_files, check_present, largest_file, listed
 from alula.routers.named import ROUTINGS
 
 PREDICTIONS = ("before.jsonl", "predictions.jsonl")
@@ -89,10 +87,10 @@ class Pool:
         if is_hub_name(str(folder)):
             home = download(str(folder))
             root = home.parents[1]  # the cache keeps the files' contents beside its snapshots, as links
-        pool = cls(home, read_manifest(home), root=root)
+        pool = cls(home, read_manifest(home, root=root), root=root)
         if pool.arm not in ROUTINGS:
             raise UserError(f"{home / MANIFEST}: unknown router '{pool.arm}'. {nearest(pool.arm, ROUTINGS)}")
-        check_present(home, pool.manifest, root=pool._root)
+        check_present(home, pool.manifest)
         return pool
 
     @property
@@ -137,18 +135,18 @@ class Pool:
             UserError: the model is another base than the pool's, it names its layers otherwise, or a file is damaged.
         """
         self._check_base(model)
-        base, entries = self.manifest["base"], self.manifest["experts"]
-        check_files(self.folder / BASE, base.get("files", {}))
+        base, entries, largest = {"files": {}, **self.manifest["base"]}, self.manifest["experts"], largest_file(model)
+        check_files(self.folder / BASE, base["files"], largest=largest)
         for entry in entries:
-            check_files(self.expert_folder(entry["name"]), entry["files"])
+            check_files(self.expert_folder(entry["name"]), entry["files"], largest=largest)
         mixtures = attach(model, linears=self.manifest["linears"], layers=self.manifest["layers"])
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(mixtures.detach)
             for entry in entries:
-                read_expert(mixtures, entry["name"], self.expert_folder(entry["name"]), renamed=entry.get("renamed", {}))
-            read_router(mixtures, BASE, self.folder / BASE / ROUTER, renamed=base.get("renamed", {}))
-        except UserError:
-            mixtures.detach()
-            raise
+                folder, renamed = self.expert_folder(entry["name"]), entry.get("renamed", {})
+                read_expert(mixtures, entry["name"], folder, files=entry["files"], renamed=renamed)
+            read_router(mixtures, BASE, self.folder / BASE, files=base["files"], renamed=base.get("renamed", {}))
+            undo.pop_all()
         mixtures.routing = self.routing if entries else Routing(fixed={})
         return mixtures
 
@@ -163,11 +161,8 @@ class Pool:
         self._check_base(model)
         entry = self.manifest["learners"][-1]
         folder = self.folder / "learners" / entry["name"]
-        check_files(folder, entry["files"])
-        check_widths(folder / LEARNER_CONFIG, folder / LEARNER_TENSORS)
-        for file in entry["files"]:
-            check_size(folder / file, model)
-        return read_learners(model, folder)
+        check_files(folder, entry["files"], largest=largest_file(model))
+        return read_learners(model, folder, files=entry["files"])
 
     def add(self, mixtures: Mixtures, name: str, *, about: dict) -> None:
         """Saves expert `name`; files of other experts are not touched.
@@ -208,7 +203,8 @@ class Pool:
         modules = {path for path, _ in model.named_modules()}
         with self._changing("renaming its modules"):
             base, entries = self.manifest["base"], self.manifest["experts"]
-            base = {**base, "renamed": rules_for(routed(self.folder / BASE / ROUTER), modules, renamed, what=f"{BASE}/{ROUTER}")}
+            routes = routed(self.folder / BASE, base.get("files", {}))
+            base = {**base, "renamed": rules_for(routes, modules, renamed, what=f"{BASE}/{ROUTER}")}
             found = [(entry, adapted(self.expert_folder(entry["name"]))) for entry in entries]
             entries = [{**entry, "renamed": rules_for(paths, modules, renamed, what=entry["name"])} for entry, paths in found]
             self._save({**self.manifest, "base": base, "experts": entries})
@@ -249,8 +245,9 @@ class Pool:
             predictions: also the answers on test rows, which hold the rows' questions and references.
 
         Raises:
-            UserError: no ``README.md`` in the folder (`alula card` writes it), or the hub refuses.
+            UserError: no ``README.md`` in the folder (`alula card` writes it), a link in it to elsewhere, or the hub refuses.
         """
+        check_links(self.folder, root=self._root)
         files = [MANIFEST, CARD, *(name for name, _ in listed(self.manifest))]
         answers = [f"experts/{name}/{file}" for name in self.names for file in PREDICTIONS]
         return upload(self.folder, [*files, *(answers if predictions else ())], repo, private=private)
@@ -278,7 +275,7 @@ class Pool:
             if name in [entry["name"] for entry in self.manifest[kind]]:
                 what = "an expert" if kind == "experts" else kind
                 raise UserError(f"The pool {self.folder} has {what} '{name}' already. Choose another task name.")
-            yield inside(self.folder / kind / name, root=self._root)
+            yield self.folder / kind / name
 
     def _enter(self, kind: str, name: str, folder: Path, files: Sequence[str], about: dict) -> None:
         added, base = time.strftime("%Y-%m-%d"), self.manifest["base"]["fingerprint"]

@@ -78,6 +78,10 @@ class AnalyticRouter(Router):
         """The task's two sums and their count."""
         return self.statistics.stored(name)
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of the two sums and their count."""
+        return self.statistics.shapes
+
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Takes the sums back."""
         self.statistics.restore(name, tensors)

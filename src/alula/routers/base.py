@@ -95,17 +95,16 @@ class Router(nn.Module, ABC):
     def stored(self, name: str) -> dict[str, Tensor]:
         """What must be kept of one expert to route to it again."""
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor that `stored` can give. Optional: of those that it gives now."""
+        return {key: tuple(tensor.shape) for key, tensor in self.stored(name).items()}
+
     @abstractmethod
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `stored` gave."""
+        """Takes back what `stored` gave; names and shapes are those of `shapes`."""
 
 
 ROUTERS: Registry[type[Router]] = Registry("router")
-
-
-def top_k_softmax(scores: Float[Tensor, "batch tokens experts"], *, top_k: int) -> Float[Tensor, "batch tokens experts"]:
-    """Softmax over the `top_k` largest scores, zero elsewhere; the same as softmax, top-k, renormalise."""
-    return pick(scores, lambda best: best, top_k=top_k, experts=scores.shape[-1]).dense()
 
 
 def pick(

@@ -120,6 +120,10 @@ class GateRouter(Router):
             return {"null_sum": self.null_sum} if bool(self.null_sum.any()) else {}
         return {"gate": self.gates[self.names.index(name)].detach().clone()}
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of the gate vector; for the base model, of the sum."""
+        return {"null_sum" if name == BASE else "gate": (self.dim,)}
+
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Puts back what `stored` gave."""
         if name == BASE:

@@ -171,6 +171,12 @@ class PromptRouter:
         sums = {f"{layer}.{key}": tensor for layer, sums in pairs for key, tensor in sums.stored(name).items()}
         return {**sums, "kinds": self._kinds[name]}
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `stored` gives of a task that was observed."""
+        pairs = zip(self.layers, self.statistics, strict=True)
+        sums = {f"{layer}.{key}": shape for layer, sums in pairs for key, shape in sums.shapes.items()}
+        return {**sums, "kinds": (2,)}
+
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Takes back what `stored` gave."""
         if "kinds" not in tensors:

@@ -124,6 +124,11 @@ class RidgeStatistics:
             "count": torch.tensor(self._count[name], dtype=torch.float64),
         }
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `stored` gives of a class that was observed."""
+        return {"gram": (self.dim * (self.dim + 1) // 2,), "sum": (self.dim,), "count": ()}
+
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Takes back what `stored` gave."""
         if not tensors:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from alula.errors import UserError, nearest
 from alula.evaluation.generation import ending_tokens, on_device
 from alula.running.learn import Opened
 from alula.serving.choosing import Shares, ways
+from alula.serving.images import packed
 from alula.serving.limits import Limits, RequestError
+from alula.serving.marks import Marks
 from alula.serving.text import Pieces
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Question:
     """What is to be answered, and how.
 
     Attributes:
+        sample: its images are the bytes of files.
         model: one of `Answerer.models`.
         new_tokens: tokens of the answer; None for the server's limit.
         temperature: 0 is greedy.
@@ -96,7 +99,7 @@ class Answerer:
     def __init__(self, opened: Opened, *, name: str, limits: Limits) -> None:
         self.opened, self.limits = opened, limits
         self.models = ways(opened, name)
-        self._collator = Collator(opened.processor)
+        self._collator, self._marks = Collator(opened.processor), Marks(opened.processor)
         self._device = next(opened.model.parameters()).device
         self._most: int | None = getattr(opened.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="alula-answers")
@@ -106,6 +109,16 @@ class Answerer:
     def num_jobs(self) -> int:
         """Questions that are being answered or wait."""
         return len(self._jobs)
+
+    def check_room(self) -> None:
+        """Refuses a question where too many wait already.
+
+        Raises:
+            RequestError: 429.
+        """
+        if self.num_jobs > self.limits.max_waiting:
+            message = f"{self.num_jobs} requests are being answered or wait. Try again later."
+            raise RequestError(429, message, code="queue_full")
 
     def ask(self, question: Question) -> Job:
         """Queues a question.
@@ -119,9 +132,7 @@ class Answerer:
         if question.new_tokens is not None and question.new_tokens > self.limits.max_new_tokens:
             message = f"{question.new_tokens} tokens are asked for; {self.limits.max_new_tokens} are allowed. Ask for fewer."
             raise RequestError(400, message, code="invalid_value", param="max_tokens")
-        if self.num_jobs > self.limits.max_waiting:
-            message = f"{self.num_jobs} requests are being answered or wait. Try again later."
-            raise RequestError(429, message, code="queue_full")
+        self.check_room()
         loop = asyncio.get_running_loop()
         job = Job(question=question, deadline=time.monotonic() + self.limits.timeout)
         self._jobs.add(job)
@@ -206,14 +217,18 @@ class Answerer:
         """The prompt's batch of one.
 
         Raises:
-            RequestError: 400, prompt and answer are longer than the model can read.
+            RequestError: 400, prompt and answer are longer than the model can read, or a text holds a mark of the model's own.
         """
         most, wanted = self._most, question.new_tokens or 1
         letters = sum(len(message.content) for message in question.sample.prompt)
         if most and letters > 64 * most:  # refused without reading it: no tokenizer makes so few tokens of so much text
             message = f"The conversation has {letters:,} characters; the model reads {most:,} tokens. Shorten it."
             raise RequestError(400, message, code="context_length_exceeded", param="messages")
-        prompt = on_device(self._collator.prompts([question.sample]), self._device)
+        if mark := self._marks.first_in(question.sample):
+            message = f"'{mark}' in a text is one of this model's own marks, which tell turns and images apart. Write it otherwise."
+            raise RequestError(400, message, code="invalid_value", param="messages")
+        unpacking = replace(question.sample, images=tuple(map(packed, question.sample.image_bytes())))
+        prompt = on_device(self._collator.prompts([unpacking]), self._device)
         size = prompt["input_ids"].shape[1]
         if most and size + wanted > most:
             message = f"The conversation has {size:,} tokens and {wanted:,} are to come; the model reads {most:,}. Shorten it."

@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Limits(BaseModel):
-    """Bounds of a server. What exceeds them is refused before it costs anything."""
+    """Bounds of a server. What exceeds them is refused before it costs anything.
+
+    A request that waits holds the bytes of its images; pixels are unpacked when its turn comes, so those of one request at a time.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -15,7 +18,7 @@ class Limits(BaseModel):
     max_images: int = Field(8, ge=0)
     """Images in one conversation."""
     max_pixels: int = Field(25_000_000, ge=1)
-    """Width times height of one image, by its header: it is not unpacked to find out."""
+    """Width times height of all images in one conversation together, by their headers: none is unpacked to find out."""
     max_new_tokens: int = Field(1024, ge=1)
     """Tokens of an answer, where a request names no number or a larger one."""
     max_waiting: int = Field(16, ge=0)

@@ -1,21 +1,14 @@
 """The body of a chat completion request, and the conversation in it. What would change the answer and is not supported is refused."""
 
-import base64
-import binascii
-import io
-import struct
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alula.data.sample import PLACEHOLDER, Message, Sample
 from alula.errors import nearest
+from alula.serving.images import read_image
 from alula.serving.limits import Limits, RequestError
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What is tried on the bytes of an image: formats of photographs and screenshots, not the many that PIL reads."""
 
 
 class Strict(BaseModel):
@@ -135,10 +128,10 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def read_conversation(request: ChatRequest, *, limits: Limits) -> Sample:
-    """The conversation that is to be continued, its images opened. Its last message, the answer, is a mere stand-in.
+    """The conversation that is to be continued, its images packed as they came. Its last message, the answer, is a mere stand-in.
 
     Raises:
-        RequestError: 400; the last message is no question, too many images, or one that cannot be used.
+        RequestError: 400; the last message is no question, too many images or pixels, or an image that cannot be used.
     """
     if request.messages[-1].role != "user":
         raise RequestError(
@@ -149,36 +142,13 @@ def read_conversation(request: ChatRequest, *, limits: Limits) -> Sample:
         message = f"{len(addresses)} images came; {limits.max_images} are accepted. Send fewer."
         raise RequestError(400, message, code="too_many_images", param="messages")
     turns = [Message(role=_role(turn), content="\n".join(map(_text, turn.parts))) for turn in request.messages]
-    images = tuple(open_image(url, where=where, max_pixels=limits.max_pixels) for where, url in addresses)
+    images, pixels = [], 0
+    for where, url in addresses:
+        content, count = read_image(url, where=where, max_pixels=limits.max_pixels - pixels)
+        images.append(content)
+        pixels += count
     answer = Message(role="assistant", content="?")
-    return Sample(id="request", messages=(*turns, answer), images=images, origin="your request")
-
-
-def open_image(url: str, *, where: str, max_pixels: int) -> Image.Image:
-    """The picture in a ``data:`` URL. Nothing is fetched, and nothing larger than `max_pixels` is unpacked.
-
-    Raises:
-        RequestError: 400; another kind of address, no image, or one that is too large.
-    """
-
-    def refused(message: str, code: str = "invalid_image") -> RequestError:
-        return RequestError(400, f"{where}: {message}", code=code, param=where)
-
-    head, comma, payload = url.partition(",")
-    if not head.startswith("data:"):
-        shown = url if len(url) <= 40 else f"{url[:40]}..."
-        raise refused(f"'{shown}' is refused: this server fetches nothing. Send the image itself: data:image/png;base64,...")
-    if not comma or not head.endswith(";base64"):
-        raise refused("a data: URL must read data:image/png;base64,... . Encode the file's bytes with base64.")
-    try:
-        content = base64.b64decode(payload, validate=True)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as found:
-            width, height = found.size
-            if width * height > max_pixels:
-                raise refused(f"{width} x {height} pixels; {max_pixels:,} are accepted. Send a smaller image.", "image_too_large")
-            return found.convert("RGB")
-    except (binascii.Error, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise refused(f"cannot be read as an image ({error}). {', '.join(FORMATS)} are accepted: send one of these.") from error
+    return Sample(id="request", messages=(*turns, answer), images=tuple(images), origin="your request")
 
 
 def _addresses(request: ChatRequest) -> Iterator[tuple[str, str]]:

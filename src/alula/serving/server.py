@@ -59,7 +59,9 @@ def build_app(answerer: Answerer, *, api_key: str | None = None, hosts: Sequence
 
     @app.post("/v1/chat/completions", dependencies=[Depends(allowed)], response_model=None)
     async def completions(request: Request) -> JSONResponse | StreamingResponse:
-        asked = read_request(await _body(request, answerer.limits))
+        body = await _body(request, answerer.limits)
+        answerer.check_room()  # before anything is made of it
+        asked = read_request(body)
         sample = await asyncio.to_thread(read_conversation, asked, limits=answerer.limits)
         job = answerer.ask(_question(asked, sample))
         watch = asyncio.create_task(_give_up_with_client(request, job))
