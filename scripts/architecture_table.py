@@ -80,6 +80,8 @@ LIMITS = """## What to know of some families
 - **Shared keys** (the small Gemma 4): in generation the last layers see a prompt's last token only, and take keys and values from
   earlier layers. Learners of WINGS stay out of these layers; LoRA experts sit in all. With transformers 5.20, Gemma 4's
   processor needs torchvision.
+- **Cross-attention** (Mllama): LoRA experts sit in all layers, learners of WINGS are refused. Before transformers 5.23 its processor
+  refuses a batch in which some rows have images and others none.
 - **Videos** need torchvision. Without it images and text work, and a saved folder keeps the video processor's entry for machines
   that have it.
 - **Models whose processor is written on torchvision** (Pixtral and Mistral 3, Llama 4, LFM2-VL, Cohere's Command A Vision) need it;

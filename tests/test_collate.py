@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import ProcessorMixin
 
 from alula.data.collate import Collator
@@ -10,7 +12,10 @@ from alula.errors import UserError
 from zoo import BUILDERS, build
 from zoo.parts import picture
 
-CHATS = [name for name in BUILDERS if name not in ("florence2", "blip_2")]
+# Before, Mllama's processor refuses to mix rows with and without images, and LLaVA's counts no images.
+IS_NEW = Version(transformers.__version__) >= Version("5.23")
+AS_NEW = pytest.mark.skipif(not IS_NEW, reason="Transformers below 5.23")
+CHATS = [name for name in BUILDERS if name not in ("florence2", "blip_2", *(() if IS_NEW else ("mllama",)))]
 END = "<|im_end|>"
 
 
@@ -207,7 +212,7 @@ def test_a_processor_that_cannot_collate_is_refused_with_a_remedy(processor: Pro
     [
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", r"data.jsonl:1: the chat template does not write"),
         ("{{ raise_exception('never') }}", r"data.jsonl:1: the chat template refuses the messages \(user, assistant\)"),
-        (UNCLOSED.replace("<image>", ""), r"refuses the rows data.jsonl:1"),
+        pytest.param(UNCLOSED.replace("<image>", ""), r"refuses the rows data.jsonl:1", marks=AS_NEW),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused_with_the_row(processor: ProcessorMixin, template: str, message: str) -> None:

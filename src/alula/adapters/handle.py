@@ -4,7 +4,6 @@ import contextlib
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from alula.context import Variable, prompt_mask
 from alula.errors import UserError, nearest
 from alula.learners.features import valid_tokens
 from alula.models.anatomy import Anatomy
-from alula.models.parameters import tensors_for
+from alula.models.graph import output_with_parameters
+from alula.models.parameters import exchange, put, put_back
 
 SPEAKING = (ALL, FIRST, NONE)
 
@@ -127,7 +127,7 @@ class Adapters:
             there, came = (tuple(found[name].shape) if name in found else "none" for found in (own, tensors))
             if there != came:
                 raise UserError(f"'{name}' came with shape {came}, the model wants {there}. Attach with the options they were saved with.")
-        _put(own, tensors)
+        put(own, tensors)
 
     def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
         """Puts other parameters of the model (a connector trained with the adapters) in place until `detach`.
@@ -138,9 +138,7 @@ class Adapters:
         Raises:
             UserError: the model has no such parameter, or one of another shape.
         """
-        own = tensors_for(self.model, values, origin=origin, remedy="Load the base model they were made for.")
-        self._undo.append(partial(_put, own, {name: tensor.detach().clone() for name, tensor in own.items()}))
-        _put(own, values)
+        self._undo.append(exchange(self.model, values, origin=origin))
 
     def grow_from(self, single: Mapping[str, Tensor]) -> None:
         """Makes every adapter a copy of its layer's first one in `single`; the routers stay as they are.
@@ -167,19 +165,17 @@ class Adapters:
         Raises:
             UserError: something else was attached after the adapters and is still there.
         """
-        for path, mixture in self.sites.items():
-            if set(mixture.host.modules()) != set(self._inside[path]):
-                raise UserError(f"{path} was changed after the adapters came. Detach what was attached last (LoRA experts) first.")
+        put_back(self.model, self.sites, inside=self._inside, what="adapters")
         for undo in self._undo:
             undo()
-        for path, mixture in self.sites.items():
-            self.model.set_submodule(path, mixture.host)
         self._undo, self.sites = [], {}
         return self.model
 
     def enter(self) -> None:
-        """Places the hooks: one before and one after the model, one tap per layer."""
+        """Places the hooks: one before and one after the model, one after its decoder, one tap per layer."""
         hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True), self.model.register_forward_hook(self._after)]
+        decoder = self.model.get_submodule(self.anatomy.decoder)
+        hooks.append(decoder.register_forward_hook(self._keep_skipped, with_kwargs=True))
         for mixture in self.sites.values():
             attention = self.model.get_submodule(self.anatomy.attention[mixture.index])
             while isinstance(inner := getattr(attention, "host", None), nn.Module):  # learners around it may leave before the adapters
@@ -209,6 +205,15 @@ class Adapters:
             self._kept[cache] = pending
         self._pending.set(None)
 
+    def _keep_skipped(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Cross-attention layers (Mllama) are skipped by a batch without images; what trains there stays in the graph."""
+        call = kwargs.get(KEYWORD)
+        if call is None or not torch.is_grad_enabled():
+            return output
+        skipped = tuple(f"{path}." for path, mixture in self.sites.items() if mixture.passed.call is not call)
+        own = [parameter for name, parameter in self.parameters().items() if name.startswith(skipped)] if skipped else []
+        return output_with_parameters(output, own) if own else output
+
     def _instruction(self, inputs: Mapping[str, Any], cache: Any, *, batch: int) -> Float[Tensor, "batch width"]:
         """The one given, the one of this generation, or that of the rows themselves."""
         found = self._given.get()
@@ -236,12 +241,6 @@ class Adapters:
             f"{len(self.sites)} feed-forward networks carry {self.config.num_experts} adapters of width {self.config.bottleneck}{chosen} "
             f"({count:,} parameters)"
         )
-
-
-@torch.no_grad()
-def _put(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        tensor.copy_(values[name])
 
 
 def _seen(cache: Any) -> int:

@@ -16,6 +16,7 @@ from alula.errors import UserError
 from alula.experts.lorra import LoRRA, Rotate
 from alula.learners import columns
 from alula.learners.features import KEYWORD, TEXT, Features, image_ends, kept
+from alula.models.graph import with_parameters
 from alula.routers.learner import LearnerRouter
 
 MODALITIES = ("image", "text")
@@ -80,7 +81,13 @@ class AttentionMixture(nn.Module):
         self.late = Late()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's output with the learners' part in it."""
+        """The host's output with the learners' part in it; what the batch leaves out is in its graph all the same."""
+        out = self._forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
+        return (with_parameters(out[0], [*self.learners.parameters(), *self.router.parameters()]), *out[1:])
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if KEYWORD not in kwargs:
             raise UserError(
                 f"The attention of layer {self.index} was called without its keyword, so the learners cannot tell image from text. "

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from alula.learners.attention import MODALITIES, AttentionMixture, joining_norm
 from alula.learners.columns import carry_columns
 from alula.learners.features import KEYWORD, Features, documents_of, num_seen, valid_tokens
 from alula.models.anatomy import Anatomy, anatomy
-from alula.models.parameters import freeze_base, tensors_for
+from alula.models.parameters import exchange, freeze_base, put, put_back
 from alula.routers.learner import LEARNER_ROUTERS
 
 
@@ -103,7 +102,6 @@ class Learners:
             if name.startswith(("learners.", "router."))
         }
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `tensors` gave.
 
@@ -120,8 +118,7 @@ class Learners:
                     f"'{name}' has shape {tuple(tensors[name].shape)}, the model wants {tuple(tensor.shape)}. "
                     "Attach to the model, and with the rank, they were made for."
                 )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        put(own, tensors)
 
     def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
         """Puts other parameters of the model (a connector trained with the learners) in place until `detach`.
@@ -132,9 +129,7 @@ class Learners:
         Raises:
             UserError: the model has no such parameter, or one of another shape.
         """
-        own = tensors_for(self.model, values, origin=origin, remedy="Load the base model they were made for.")
-        self._undo.append(partial(_put, own, {name: tensor.detach().clone() for name, tensor in own.items()}))
-        _put(own, values)
+        self._undo.append(exchange(self.model, values, origin=origin))
 
     def detach(self) -> nn.Module:
         """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`.
@@ -142,13 +137,9 @@ class Learners:
         Raises:
             UserError: something else was attached after the learners and is still there.
         """
-        for path, mixture in self.sites.items():
-            if set(mixture.host.modules()) != set(self._inside[path]):
-                raise UserError(f"{path} was changed after the learners came. Detach what was attached last (LoRA experts) first.")
+        put_back(self.model, self.sites, inside=self._inside, what="learners")
         for undo in self._undo:
             undo()
-        for path, mixture in self.sites.items():
-            self.model.set_submodule(path, mixture.host)
         self._undo, self.sites = [], {}
         return self.model
 
@@ -194,12 +185,6 @@ class Learners:
         count = sum(parameter.numel() for parameter in self.parameters().values())
         kinds = " and ".join(self.config.modalities)
         return f"{len(self.sites)} attention layers carry {kinds} learners of rank {self.config.rank} ({count:,} parameters)"
-
-
-@torch.no_grad()
-def _put(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        tensor.copy_(values[name])
 
 
 def _hand_on(index: int) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, Variable, prompt_mask
 from alula.errors import UserError
-from alula.mixture.mixture import introduce
+from alula.mixture.mixture import introduce, own_parameters
+from alula.models.graph import output_with_parameters
 from alula.models.logits import keeping
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ class Director:
         self._hooks: list[Any] = []
 
     def enter(self, cells: Sequence[Cell]) -> None:
-        """Places the hooks: one before and one after the model, one tap per layer."""
+        """Places the hooks: one before and one after the model, one after its decoder, one tap per layer."""
         introduce(self.mixtures.sites.values())
         model, parts = self.mixtures.model, self.mixtures.anatomy
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
+            model.get_submodule(parts.decoder).register_forward_hook(self._keep_skipped, with_kwargs=True),
         ]
         for path, cell in zip(parts.attention, cells, strict=True):
             tap = partial(_tap, cell)
@@ -129,6 +131,14 @@ class Director:
         if pending is not None and cache is not None:
             self._decided[cache] = pending
         self._pending.set(None)
+
+    def _keep_skipped(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Cross-attention layers (Mllama) are skipped by a batch without images; what trains there stays in the graph."""
+        context, sites = kwargs.get(KEYWORD), self.mixtures.sites.values()
+        if context is None or not torch.is_grad_enabled():
+            return output
+        skipped = [mixture for mixture in sites if mixture.cell.context is not context]
+        return output_with_parameters(output, own_parameters(skipped)) if skipped else output
 
     def context(self, inputs: Mapping[str, Any]) -> Context:
         """The context of a call with these keywords."""
