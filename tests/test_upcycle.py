@@ -100,11 +100,16 @@ def test_from_copies_the_output_is_the_dense_models(name):
         assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), said)
 
 
-def test_with_one_expert_the_output_is_the_dense_models_bit_for_bit():
-    model, batch = llama(), {"input_ids": tokens()}
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {"experts": 1, "top_k": 1}), (torch.bfloat16, {"experts": 4}), (torch.float16, {"top_k": 3})],
+    ids=str,
+)
+def test_with_one_expert_or_in_16_bits_the_output_is_the_dense_models_bit_for_bit(dtype, options):
+    model, batch = llama().to(dtype), {"input_ids": tokens()}
     with torch.no_grad():
         dense = model(**batch).logits
-        upcycle(model, experts=1, top_k=1, every=1)
+        upcycle(model, every=1, **options)
         assert len(networks(model)) == 4
         assert torch.equal(model(**batch).logits, dense)
 

@@ -29,7 +29,8 @@ class ComposedConfig(PreTrainedConfig):
         num_joined: how many of the encoders, the last ones, were added to a model that was there.
 
     Raises:
-        UserError: an unknown mixing; no encoder; another number of connectors than of encoders; as many joined as there are.
+        UserError: an unknown mixing; a router of one encoder; no encoder; another number of connectors than of encoders; as many joined
+            as there are.
     """
 
     model_type = "alula_composed"
@@ -70,6 +71,11 @@ class ComposedConfig(PreTrainedConfig):
             raise UserError(
                 f"{len(self.encoders)} encoders came with {len(self.connectors)} connectors. Give one connector for each encoder, or one "
                 "connector as a dict, which is built once for each."
+            )
+        if mixing == "router" and len(self.encoders) == 1:
+            raise UserError(
+                f"mixing='router' came with one encoder, '{self.encoders[0].get('name')}'. A router weighs two or more. Give a list of "
+                "encoders, or mixing='add'."
             )
         if not 0 <= num_joined < len(self.encoders):
             raise UserError(f"num_joined={num_joined} came with {len(self.encoders)} encoders. At least one encoder joins nobody.")

@@ -1,5 +1,6 @@
 """Text and images -> the tensors `ComposedVLM` takes. PIL and numpy only; it knows no weights but a sentence encoder's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,9 @@ def count_views(crops: int) -> int:
         crops: 0 (the whole image only), 2, 3 ...
 
     Raises:
-        UserError: 1, which would be the whole image twice, or less than 0.
+        UserError: 1, which would be the whole image twice, less than 0, or no whole number.
     """
-    if crops < 0 or crops == 1:
+    if type(crops) is not int or crops < 0 or crops == 1:
         raise UserError(f"crops={crops} came. An image is cut in 2 x 2 parts or more, or with 0 not at all. Set crops=0 or crops=2.")
     return 1 + crops * crops
 
@@ -160,16 +161,17 @@ class ComposedProcessor(ProcessorMixin):
         text: Any = None,
         videos: Any = None,
         audio: Any = None,
-        instructions: list[str] | None = None,
+        instructions: Sequence[str | Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """The batch, as any processor of Transformers makes it, with `instruction_embedding` if there is an instruction encoder.
 
         Args:
-            instructions: one for each text, in place of what its turns say; for texts that are no chats.
+            instructions: in place of what turns say, for texts that are no chats: of each text one for all its images, or one for each.
 
         Raises:
-            UserError: images and placeholders do not match; another number of instructions than of texts; an image outside of any turn.
+            UserError: images and placeholders do not match; another number of instructions than of texts, or of a
+                text's images; an image outside of any turn.
         """
         batch = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if self._embed is None or text is None or "pixel_values" not in batch:
@@ -178,13 +180,17 @@ class ComposedProcessor(ProcessorMixin):
         batch["instruction_embedding"] = torch.from_numpy(rows) if isinstance(batch["pixel_values"], torch.Tensor) else rows
         return batch
 
-    def _instructions(self, texts: list[str], *, given: list[str] | None) -> list[str]:
+    def _instructions(self, texts: list[str], *, given: Sequence[str | Sequence[str]] | None) -> list[str]:
         """The instruction of each image, in reading order."""
         if given is None:
             return [one for text in texts for one in instructions_of(text, image_token=self.image_token)]
         if len(given) != len(texts):
             raise UserError(f"{len(given)} instructions came with {len(texts)} texts. Give one for each text.")
-        return [one for text, one in zip(texts, given, strict=True) for _ in range(text.count(self.image_token))]
+        counts = [text.count(self.image_token) for text in texts]
+        listed = [[one] * count if isinstance(one, str) else list(one) for one, count in zip(given, counts, strict=True)]
+        if [len(row) for row in listed] != counts:
+            raise UserError(f"{[len(row) for row in listed]} instructions came for {counts} images, text by text. Give one for each image.")
+        return [one for row in listed for one in row]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""

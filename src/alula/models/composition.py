@@ -24,8 +24,8 @@ from alula.models.composed_processor import IMAGE_TOKEN, ComposedImageProcessor,
 from alula.models.instructions import EMBEDDED as EMBEDDED_SENTENCES
 from alula.models.loading import changes_of
 from alula.models.part_files import Part, Source, check_file, load_part, read_parts
-from alula.models.vision_mixture import STATISTICS, EncoderGroup, VisionMixture
-from alula.models.vision_parts import build_connector, build_encoder, build_gate, build_vision, plan_vision, start_afresh
+from alula.models.vision_mixture import EncoderGroup, VisionMixture, statistics_of
+from alula.models.vision_parts import build_connector, build_encoder, build_gate, build_vision, check_shapes, plan_vision, start_afresh
 
 EMBEDDED = "smol"
 EMBEDDED_SENTENCE_DIM = 384
@@ -34,19 +34,22 @@ EMBEDDED_SENTENCE_DIM = 384
 def check_composition(
     config: ComposedConfig, *, encoder_weights: Sequence[Path | None] = (), connector_weights: Sequence[Path | None] = ()
 ) -> None:
-    """Refuses parts that do not fit, by building them without weights.
+    """Refuses parts that do not fit, by building them without weights and trying them on two images that have a shape, but no values.
 
     Args:
         encoder_weights: safetensors file of each encoder, None for fresh weights; only the shapes in its header are read.
         connector_weights: as `encoder_weights`.
 
     Raises:
-        UserError: an unknown name or keyword; widths that do not match; a number of tokens that is no square, that differs between
-            encoders or from `image_seq_length`; another resolution with positions that cannot be interpolated; a file of another shape.
+        UserError: an unknown name or keyword, or a value that a part cannot be built with; widths that do not match; a number of tokens
+            that is no square, that differs between encoders or from `image_seq_length`; another resolution with positions that cannot
+            be interpolated; a part that gives another shape than it says; a file of another shape.
     """
     with torch.device("meta"):
         vision_tower, connector = build_vision(config)
     encoders, connectors = _members(vision_tower), _members(connector)
+    for one, other in zip(encoders, connectors, strict=True):
+        check_shapes(one, other, output_dim=config.text_config.hidden_size)  # type: ignore[arg-type]
     for members, files, root in ((encoders, encoder_weights, "vision_tower"), (connectors, connector_weights, "connector")):
         for member, file in zip(members, files, strict=False):
             if file is not None:
@@ -207,7 +210,7 @@ def add_encoder(model: ComposedVLM, encoder: Part, *, connector: Part = "mlp") -
         start_afresh(module)
         load_part(module, origin, root=root)
         module.to(device=model.device, dtype=model.dtype)
-    statistics = [{key: one[key] for key in STATISTICS if one.get(key)} for one in config.encoders]
+    statistics = [statistics_of(one) for one in config.encoders]
     before = {id(parameter) for parameter in model.parameters()}
     model.vision_tower = EncoderGroup([*_members(model.vision_tower), newcomer], statistics=statistics)  # type: ignore[list-item]
     old = model.connector if isinstance(model.connector, VisionMixture) else None
@@ -281,8 +284,7 @@ def _processor(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     side = model.vision_tower.image_size
-    first = model.config.encoders[0]
-    statistics = {key: first[key] for key in STATISTICS if first.get(key)}
+    statistics = statistics_of(model.config.encoders[0])
     images = ComposedImageProcessor(size={"height": side, "width": side}, crops=model.config.crops, **statistics)  # type: ignore[call-arg]
     return ComposedProcessor(
         images,

@@ -58,7 +58,7 @@ class InstructionEncoder:
         self._known: OrderedDict[str, Float[np.ndarray, " dim"]] = OrderedDict()
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        """One row for each text.
+        """One row for each text; zeros for one without words.
 
         Raises:
             UserError: the package is not installed, or there is no sentence encoder under that name.

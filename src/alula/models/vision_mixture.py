@@ -16,6 +16,23 @@ STATISTICS = ("image_mean", "image_std")
 """Keys of an encoder's configuration that say how the pixels it was trained on were normalised."""
 
 
+def statistics_of(part: Mapping[str, object]) -> dict:
+    """Both of `STATISTICS` as an encoder's configuration names them, or nothing where it names none.
+
+    Raises:
+        UserError: one without the other, or not three numbers.
+    """
+    found = {key: part.get(key) for key in STATISTICS}
+    if not any(found.values()):
+        return {}
+    if any(not isinstance(values, list | tuple) or len(values) != 3 for values in found.values()):
+        came = " and ".join(f"{key}={values}" for key, values in found.items())
+        raise UserError(
+            f"Encoder '{part.get('name')}' got {came}. Three numbers each are accepted, of red, green and blue. Set both or none."
+        )
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
     """What a mixture makes of a batch of images.

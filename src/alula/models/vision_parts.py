@@ -1,11 +1,11 @@
 """Encoders and connectors out of a configuration, with the arithmetic of what does not fit. It builds; it loads no weights."""
 
-from collections.abc import Callable
-from functools import partial
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alula.errors import UserError
 from alula.models.composed_config import ComposedConfig
@@ -13,7 +13,8 @@ from alula.models.composed_processor import count_image_tokens, count_views
 from alula.models.connectors import CONNECTORS, Connector
 from alula.models.connectors.deformable import DeformableAttention
 from alula.models.encoders import ENCODERS, Encoder
-from alula.models.vision_mixture import STATISTICS, EncoderGroup, InstructionRouter, JoinedGate, VisionMixture
+from alula.models.trial import tried
+from alula.models.vision_mixture import STATISTICS, EncoderGroup, InstructionRouter, JoinedGate, VisionMixture, statistics_of
 
 WIDTHS = ("input_dim", "output_dim")
 WITH_OWN_START = (Encoder, Connector, DeformableAttention, JoinedGate)
@@ -55,10 +56,10 @@ def _parts(config: ComposedConfig) -> tuple[Encoder | EncoderGroup, Connector | 
     ]
     if not isinstance(config.encoder_config, list):
         return encoders[0], connectors[0]
-    statistics = [{key: part[key] for key in STATISTICS if part.get(key)} for part in config.encoders]
+    statistics = [statistics_of(part) for part in config.encoders]
     first = len(encoders) - config.num_joined
     is_routed = config.mixing == "router" and first > 1
-    router = InstructionRouter(num_encoders=first, **config.router_config) if is_routed else None
+    router = _router(config, num_encoders=first) if is_routed else None
     gates = [build_gate(config) for _ in range(config.num_joined)]
     return EncoderGroup(encoders, statistics=statistics), VisionMixture(connectors, router=router, gates=gates)
 
@@ -72,6 +73,7 @@ def start_afresh(part: nn.Module) -> None:
 
 def build_encoder(part: dict) -> Encoder:
     """The encoder of a configuration's entry, with fresh weights."""
+    statistics_of(part)
     keywords = {key: value for key, value in part.items() if key not in ("name", *STATISTICS)}
     return _built(ENCODERS[str(part.get("name"))], keywords, kind=f"Encoder '{part.get('name')}'")
 
@@ -80,29 +82,77 @@ def build_connector(part: dict, encoder: Encoder, *, output_dim: int, encoder_na
     """The connector of a configuration's entry between its neighbours, with fresh weights.
 
     Raises:
-        UserError: the entry names widths that are not theirs, or keywords that the connector does not know.
+        UserError: the entry names widths that are not theirs, or keywords that the connector cannot be built with.
     """
     name = str(part.get("name"))
     for key, real, whose in zip(WIDTHS, (encoder.output_dim, output_dim), (f"the encoder '{encoder_name}'", "the backbone"), strict=True):
         if part.get(key, real) != real:
+            came = part[key]
+            difference = f": {came} - {real} = {came - real}" if isinstance(came, int) else ""
             raise UserError(
-                f"Connector '{name}' got {key}={part[key]}, but {whose} is {real} wide: {part[key]} - {real} = {part[key] - real}. "
+                f"Connector '{name}' got {key}={came!r}, but {whose} is {real} wide{difference}. "
                 f"Set {key}={real}, or leave it out: it comes from the neighbour."
             )
     keywords = {key: value for key, value in part.items() if key not in ("name", *WIDTHS)}
-    build = partial(CONNECTORS[name], encoder.output_dim, output_dim, grid=encoder.grid)
-    return _built(build, keywords, kind=f"Connector '{name}'")
+    told = {"input_dim": encoder.output_dim, "output_dim": output_dim, "grid": encoder.grid}
+    return _built(CONNECTORS[name], keywords, kind=f"Connector '{name}'", **told)
 
 
 def build_gate(config: ComposedConfig) -> JoinedGate:
     """The gate of one encoder that joins later."""
-    return JoinedGate(InstructionRouter(num_encoders=1, **config.router_config) if config.mixing == "router" else None)
+    return JoinedGate(_router(config, num_encoders=1) if config.mixing == "router" else None)
 
 
-def _built(make: Callable[..., T], keywords: dict, *, kind: str) -> T:
+def _router(config: ComposedConfig, *, num_encoders: int) -> InstructionRouter:
+    return _built(InstructionRouter, config.router_config, kind="The router", num_encoders=num_encoders)
+
+
+def check_shapes(encoder: Encoder, connector: Connector, *, output_dim: int) -> None:
+    """Sends two images without values through an encoder and its connector.
+
+    Args:
+        encoder: on the meta device, as `connector`.
+        output_dim: the backbone's width.
+
+    Raises:
+        UserError: they fail, or give another shape than they say.
+    """
+    side = encoder.image_size
+    images = torch.empty(2, 3, side, side, device="meta")
+    rows = _checked(encoder, images, wanted=(2, encoder.num_tokens, encoder.output_dim), said="2 images, its grid and output_dim")
+    _checked(connector, rows, wanted=(2, connector.num_tokens, output_dim), said="2 images, its num_tokens and the backbone's width")
+
+
+def _checked(part: nn.Module, given: Tensor, *, wanted: tuple[int, int, int], said: str) -> Tensor:
+    name = type(part).__name__
+    found = tried(part, given, name=name, wanted=f"{wanted} is to come out: {said}. Correct its keywords.")
+    if found is not None and tuple(found.shape) != wanted:
+        raise UserError(
+            f"{name} makes {tuple(found.shape)} of {tuple(given.shape)}, but {wanted} is wanted: {said}. Correct its keywords or class."
+        )
+    return torch.empty(wanted, device="meta")
+
+
+def _built(make: Callable[..., T], keywords: Mapping[str, object], *, kind: str, **told: object) -> T:
+    """A part of a user's keywords and of what its neighbours tell.
+
+    Raises:
+        UserError: where the default is a whole number, something else came, or none from 1 up where the default is; what making raises.
+    """
+    accepted = [parameter for parameter in inspect.signature(make).parameters.values() if parameter.name not in told]
+    for parameter in accepted:
+        came, default = keywords.get(parameter.name, parameter.default), parameter.default
+        if type(default) is int and (type(came) is not int or came < 1 <= default):
+            least = " from 1 up" if default > 0 else ""
+            raise UserError(
+                f"{kind} got {parameter.name}={came!r}. A whole number{least} is accepted. Set one, such as the default {default}."
+            )
     try:
-        return make(**keywords)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error) and "required keyword" not in str(error):
-            raise
-        raise UserError(f"{kind} refuses {', '.join(keywords) or 'no keywords'}: {error}. Correct the keywords.") from error
+        return make(**told, **keywords)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of a part, which may be of another library, raises
+        given = ", ".join(f"{name}={value!r:.60}" for name, value in keywords.items())
+        raise UserError(
+            f"{kind} refuses {given or 'no keywords'}: {error!s:.300}. It takes {', '.join(map(str, accepted))}. Correct the keywords."
+        ) from error

@@ -26,7 +26,7 @@ from alula.models.composed_processor import ComposedImageProcessor
 from alula.models.dual_encoder import DualEncoder
 from alula.models.encoders import Encoder, VitEncoder
 from alula.models.patch_predictor import PatchPredictor
-from alula.models.vision_mixture import STATISTICS
+from alula.models.vision_mixture import statistics_of
 from alula.models.vision_parts import build_encoder, start_afresh
 from alula.objectives.clip import START
 from alula.training import Trainer, TrainSettings
@@ -109,9 +109,8 @@ def pretrain(
 
 def pixels_of(encoder: Encoder, part: Mapping[str, object]) -> Pixels:
     """What turns pictures into the pixels that `compose` will show this encoder too."""
-    statistics = {key: part[key] for key in STATISTICS if part.get(key)}
     side = {"height": encoder.image_size, "width": encoder.image_size}
-    processor = ComposedImageProcessor(size=side, **statistics)  # type: ignore[arg-type]
+    processor = ComposedImageProcessor(size=side, **statistics_of(part))  # type: ignore[arg-type]
 
     def pixels(images: list[Image.Image]) -> Float[Tensor, "images 3 height width"]:
         return processor(images, return_tensors="pt")["pixel_values"]

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alula.models.connectors.base import head_dim
+from alula.models.heads import head_dim
 
 
 class QueryAttention(nn.Module):
@@ -21,7 +21,7 @@ class QueryAttention(nn.Module):
 
     def __init__(self, dim: int, *, num_heads: int, name: str) -> None:
         super().__init__()
-        self.head_dim = head_dim(dim, num_heads=num_heads, name=name)
+        self.head_dim = head_dim(dim, num_heads=num_heads, kind=f"Connector '{name}'")
         self.queries, self.keys = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.values, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
 

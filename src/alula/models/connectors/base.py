@@ -13,7 +13,7 @@ from alula.registry import Registry
 class Connector(nn.Module, ABC):
     """The features of one image's patches -> `num_tokens` tokens.
 
-    It is built as `Connector(input_dim, output_dim, grid=(rows, columns), **options)`: `input_dim` is the width of the encoder's
+    It is built as `Connector(input_dim=..., output_dim=..., grid=(rows, columns), **options)`: `input_dim` is the width of the encoder's
     features, `output_dim` that of the backbone, `grid` the rows and columns of the encoder's patches; they need not be equal.
     """
 
@@ -71,18 +71,3 @@ def pooled_side(num_tokens: int, *, grid: tuple[int, int], name: str) -> int:
             f"pooled, tokens would be copies of each other. Set num_tokens={most**2} ({most} x {most}) or less, or a higher resolution."
         )
     return side
-
-
-def head_dim(dim: int, *, num_heads: int, name: str) -> int:
-    """The width of one attention head.
-
-    Raises:
-        UserError: `dim` is no multiple of `num_heads`.
-    """
-    if num_heads <= 0 or dim % num_heads:
-        fitting = [count for count in range(1, min(dim, 32) + 1) if dim % count == 0]
-        raise UserError(
-            f"Connector '{name}' got num_heads={num_heads} for features {dim} wide: {dim} / {num_heads} is no whole number. "
-            f"Accepted are divisors of {dim}. Set num_heads to one of {', '.join(map(str, fitting))}."
-        )
-    return dim // num_heads

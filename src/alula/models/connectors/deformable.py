@@ -10,7 +10,8 @@ from transformers import initialization
 
 from alula.errors import UserError
 from alula.models.connectors.attention import QueryAttention
-from alula.models.connectors.base import CONNECTORS, Connector, head_dim, square_side
+from alula.models.connectors.base import CONNECTORS, Connector, square_side
+from alula.models.heads import head_dim
 
 Sizes = Int[Tensor, "images 2"]
 
@@ -32,7 +33,7 @@ class DeformableAttention(nn.Module):
         self, dim: int, *, num_tokens: int, grid: tuple[int, int], num_heads: int = 8, num_points: int = 4, is_scaled: bool = False
     ) -> None:
         super().__init__()
-        head_dim(dim, num_heads=num_heads, name="deformable")
+        head_dim(dim, num_heads=num_heads, kind="Connector 'deformable'")
         self.side = square_side(num_tokens, name="deformable")
         self.grid, self.num_heads, self.num_points, self.is_scaled = grid, num_heads, num_points, is_scaled
         self.reference = nn.Parameter(torch.empty(num_tokens, 2))

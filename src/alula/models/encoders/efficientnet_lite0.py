@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alula.errors import UserError
-from alula.models.encoders.base import ENCODERS, Encoder
+from alula.models.encoders.base import ENCODERS, Encoder, count_patches
 
 # (repeats, kernel, stride of the first, expansion, output channels) of each stage
 STAGES = (
@@ -94,10 +93,8 @@ class EfficientNetLite0(Encoder):
 
     def __init__(self, *, image_size: int = 128, num_classes: int = 0) -> None:
         super().__init__()
-        if image_size <= 0 or image_size % TOTAL_STRIDE:
-            raise UserError(f"efficientnet_lite0 got image_size={image_size}. It takes multiples of {TOTAL_STRIDE}, for example 128.")
-        self.image_size = image_size
-        self.grid = (image_size // TOTAL_STRIDE, image_size // TOTAL_STRIDE)
+        side = count_patches(image_size, TOTAL_STRIDE, name="efficientnet_lite0")
+        self.image_size, self.grid = image_size, (side, side)
         self.output_dim = HEAD_CHANNELS
         self.stem = SameConv2d(3, STEM_CHANNELS, 3, stride=2, bias=False)
         self.stem_norm = _norm(STEM_CHANNELS)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from alula.models.encoders.base import ENCODERS, Encoder, count_patches
+from alula.models.heads import head_dim
 
 
 @ENCODERS.register("patch")
@@ -26,7 +27,7 @@ class PatchEncoder(Encoder):
         num_heads: a divisor of `dim`.
 
     Raises:
-        UserError: `image_size` is no multiple of a side of the patch.
+        UserError: `image_size` is no multiple of a side of the patch, or `dim` of `num_heads`.
 
     Example:
         >>> import torch
@@ -45,6 +46,7 @@ class PatchEncoder(Encoder):
         num_heads: int = 3,
     ) -> None:
         super().__init__()
+        head_dim(dim, num_heads=num_heads, kind="Encoder 'patch'")
         self.height, self.width = patch_size
         self.grid = (count_patches(image_size, self.height, name="patch"), count_patches(image_size, self.width, name="patch"))
         self.image_size, self.output_dim = image_size, dim

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from alula.models.encoders.base import ENCODERS, Encoder, count_patches
+from alula.models.heads import head_dim
 
 
 @ENCODERS.register("vit")
@@ -25,7 +26,7 @@ class VitEncoder(Encoder):
             None is `image_size`.
 
     Raises:
-        UserError: `image_size` or `trained_size` is no multiple of `patch_size`.
+        UserError: `image_size` or `trained_size` is no multiple of `patch_size`, or `dim` of `num_heads`.
 
     Example:
         >>> import torch
@@ -44,6 +45,7 @@ class VitEncoder(Encoder):
         trained_size: int | None = None,
     ) -> None:
         super().__init__()
+        head_dim(dim, num_heads=num_heads, kind="Encoder 'vit'")
         side = count_patches(image_size, patch_size, name="vit")
         trained = trained_size or image_size
         count_patches(trained, patch_size, name="vit")
