@@ -5,9 +5,7 @@ import pytest
 from alula.data.choices import TaskChoice, read_choice
 from alula.errors import UserError
 from alula.files import read_jsonl
-from alula.running.grid import read_grid
 from alula.running.run import run_recipe
-from test_docs import ROOT
 from tiny_runs import recipe, save_tiny
 
 KINDS = ("captions", "documents", "text")
@@ -44,11 +42,3 @@ def test_packed_pages_teach_everything_and_answers_are_scored_with_and_without_e
         "pages": "bits_per_byte",
         **dict.fromkeys(("easy_vqa", "0shot_easy_vqa", "2shot_easy_vqa"), "exact_match"),
     }
-
-
-def test_the_grid_of_mm1s_mixtures_is_one(tmp_path):
-    grid = read_grid(ROOT / "recipes" / "grids" / "mm1_data.yaml")
-    assert [point.label for point in grid.points] == [
-        f"{data}_{way}" for data in ("captions", "documents", "mixed") for way in ("dense", "sparse")
-    ]
-    assert [len(point.recipe.tasks[0].blend) for point in grid.points] == [1, 1, 1, 1, 3, 3]

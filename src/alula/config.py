@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from alula.data.checking import check
 from alula.data.choices import Strict, TaskChoice
 from alula.errors import UserError, nearest
+from alula.evaluation.settings import EvaluationSettings
 from alula.overrides import put_change, split_change
 from alula.training.deepspeed_settings import with_deepspeed
 from alula.training.settings import TrainSettings
@@ -96,34 +97,6 @@ class TrainChoice(TrainSettings):
     """Tokens of a row in which samples stand one after another without seeing each other (1 or more); None: one sample a row, padded."""
 
 
-class EvaluationSettings(Strict):
-    """How the model is scored after each task."""
-
-    batch_size: int = Field(32, ge=1)
-    """Samples per forward."""
-
-    future_tasks: bool = True
-    """Also score tasks that are not learnt yet: needed for forward transfer, costs time."""
-
-    base_every_task: bool = True
-    """Score the base tasks after each task; false: only after the last one, which saves time and leaves their curves two points."""
-
-    attention_shift: int = Field(0, ge=0)
-    """Test samples of which the attention shift is measured before and after learning; 0: none."""
-
-    shots: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
-    """Also score every task with so many solved examples before each question, as ``4shot_<task>``; one number or several. 0 names
-    the scores without examples ``0shot_<task>``, beside the others."""
-
-    shots_as: Literal["chat", "vqa", "caption"] = "chat"
-    """How examples are written: as turns of the model's conversation, or as a published prompt (docs/few_shot.md)."""
-
-    @field_validator("shots", mode="before")
-    @classmethod
-    def _one_alone(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else value
-
-
 class Recipe(Strict):
     """A whole run: stream, methods, seeds."""
 
@@ -140,7 +113,7 @@ class Recipe(Strict):
     """Orders in which the tasks are learnt, each a list of all their names; empty: the one of `tasks`."""
 
     base_tasks: list[TaskChoice] = Field(default_factory=list)
-    """What the base model can do already: scored, never trained."""
+    """What the base model can do already: scored, never trained. Of data of one's own without test rows every row is scored."""
 
     methods: list[MethodChoice] = Field(min_length=1)
     """Each is run for each seed. One that comes twice, with other options, needs labels."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from alula.cli.run import Changes, RayAddress, RunFolder, Workers, read_workers
+from alula.cli.run import Changes, RayAddress, RunFolder, Workers, fail_if, read_workers
 
 
 def ablate(
@@ -18,16 +18,13 @@ def ablate(
     run: Annotated[bool, typer.Option("--run/--no-run", help="Run what is not done yet, or only build the page of what is.")] = True,
 ) -> None:
     """Run every point of a grid, then build the page of main effects (ablate.html). Resumable, cell by cell."""
-    from alula.cli.screen import notes, progress, results
+    from alula.cli.screen import progress, results, say
 
     folder, crashed = out or Path("runs") / grid.stem, 0
     count = read_workers(workers, is_cluster=ray is not None)
     if run:
         from alula.running.ablate import run_grid
         from alula.running.grid import read_grid
-
-        def say(line: str) -> None:
-            notes.print(line, markup=False, soft_wrap=True)
 
         with progress() as bar:
             wanted = read_grid(grid, changes=set_)
@@ -39,6 +36,4 @@ def ablate(
     if markdown:
         typer.echo(ablation_tables(folder), nl=False)
     results.print(f"Ablation: {page}", markup=False, soft_wrap=True)
-    if crashed:
-        notes.print(f"Crashed cells: {crashed}; the page says why. The same command again tries only what is not done.", soft_wrap=True)
-        raise typer.Exit(1)
+    fail_if(crashed, page="page")

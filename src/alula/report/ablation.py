@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from alula.report.effects_plot import effects_chart
-from alula.report.findings import write_findings
-from alula.report.format import show, show_time
-from alula.report.outcomes import Ablation, Outcome, Point, outcomes_of, read_ablation, shown
+from alula.report.findings import judged, write_findings
+from alula.report.format import UNKNOWN, show, show_time
+from alula.report.grid_folder import Ablation, Point, read_ablation
+from alula.report.outcomes import Factor, Outcome, outcomes_of, shown
 from alula.report.page import write_page
 from alula.report.sections import colour_of, link_to
+from alula.report.shares import share_view
 
 View = dict[str, object]
 PAGE = "ablate.html"
@@ -41,14 +43,22 @@ def ablation_view(ablation: Ablation, page: Path) -> View:
         ("Design", ablation.about["design"].replace("_", " ")),
         ("Points", f"{len(ablation.whole)} of {len(ablation.points)} with a finished cell"),
         ("Cells", ", ".join(f"{count} {state}" for state, count in states.items() if count)),
+        *([("Groups", "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in ablation.groups.items()))] if ablation.groups else []),
     ]
+    main = [one for one in outcomes if one.is_asked or one.is_group]
+    steps = [_step_table(name, main) for name in ablation.steps if main and name in {factor.name for factor in main[0].factors}]
+    opened = [one for one in main if one.is_asked or not steps]
     return {
         "title": ablation.folder.resolve().name,
         "facts": facts,
         "verdict": write_findings(ablation, outcomes),
-        "outcomes": [_outcome_view(one, colours) for one in outcomes],
+        "outcomes": [_outcome_view(one, colours) for one in opened],
+        "others": [_outcome_view(one, colours) for one in outcomes if one not in opened],
+        "steps": steps,
+        "shares": share_view([cell for cell in cells if cell.state == "finished"], groups=ablation.groups),
         "factors": list(ablation.about["factors"]),
-        "points": [_point_view(point, page) for point in ablation.points],
+        "score": _score_head(outcomes[0]) if outcomes else None,
+        "points": [_point_view(point, page, outcomes[0].cells.get(point.label, []) if outcomes else []) for point in ablation.points],
         "failed": [
             {"name": c.name, "error": c.error.split("\n")[0], "href": link_to(c.folder, page)} for c in cells if c.state == "crashed"
         ],
@@ -62,6 +72,7 @@ def _outcome_view(outcome: Outcome, colours: dict[str, int]) -> View:
         "unit": outcome.unit,
         "better": "higher" if outcome.is_higher_better else "lower",
         "grand": show(outcome.grand),
+        "samples": outcome.num_samples,
         "svg": effects_chart(outcome, colours),
         "rows": effect_rows(outcome),
         "interactions": [
@@ -69,6 +80,26 @@ def _outcome_view(outcome: Outcome, colours: dict[str, int]) -> View:
             for one in outcome.interactions[:6]
         ],
     }
+
+
+def _step_table(name: str, outcomes: Sequence[Outcome]) -> View:
+    """A row for each level of a factor, in their order; a column for each outcome, with the level's mean and its step."""
+    factors = [next(factor for factor in outcome.factors if factor.name == name) for outcome in outcomes]
+    rows = [
+        {"level": effect.level, "cells": effect.num_cells, "values": [_step_cell(factor, place) for factor in factors]}
+        for place, effect in enumerate(factors[0].effects)
+    ]
+    heads = [{"name": one.name, "unit": one.unit, "samples": one.num_samples} for one in outcomes]
+    return {"name": name, "heads": heads, "rows": rows}
+
+
+def _step_cell(factor: Factor, place: int) -> View:
+    """The mean of a level and, of all but the first, the step to it."""
+    mean = show(factor.effects[place].mean)
+    if not place:
+        return {"mean": mean, "step": ""}
+    step = factor.steps[place - 1]
+    return {"mean": mean, "step": f"{show(step.value, is_signed=True)} {shown(step.interval)}".strip(), "is_clear": step.is_clear}
 
 
 def effect_rows(outcome: Outcome) -> list[dict[str, str]]:
@@ -81,25 +112,39 @@ def effect_rows(outcome: Outcome) -> list[dict[str, str]]:
             "interval": shown(effect.interval),
             "mean": show(effect.mean),
             "cells": str(effect.num_cells),
-            "judged": "more than noise" if effect.is_clear else "noise could explain it",
+            "judged": judged(effect),
         }
         for factor in outcome.factors
         for effect in factor.effects
     ]
 
 
-def _point_view(point: Point, page: Path) -> View:
-    scores = [member.summaries["average_score"] for member in point.members]
+def _step_rows(factor: Factor) -> list[dict[str, str]]:
+    return [
+        {"factor": factor.name, "from": step.before, "to": step.level, "step": show(step.value, is_signed=True),
+         "interval": shown(step.interval), "judged": judged(step)}
+        for step in factor.steps
+    ]  # fmt: skip
+
+
+def _score_head(outcome: Outcome) -> View:
+    """The heading of the points' scores."""
+    up, first = ("↑", "descending") if outcome.is_higher_better else ("↓", "ascending")
+    return {"name": outcome.name, "unit": f"{outcome.unit}, {up} better", "first": first}
+
+
+def _point_view(point: Point, page: Path, scores: Sequence[float]) -> View:
+    """A line of the table of points; `scores` are those of its cells."""
     seconds = [sum(row.get("seconds") or 0 for row in member.cell.cost) for member in point.members]
     return {
         "label": point.label,
         "levels": list(point.levels.values()),
         "href": link_to(point.folder, page),
-        "score": show(100 * float(np.mean(scores))) if scores else "–",
+        "score": show(float(np.mean(scores))) if scores else UNKNOWN,
         "sort": float(np.mean(scores)) if scores else "",
-        "sd": show(100 * float(np.std(scores, ddof=1))) if len(scores) > 1 else "",
+        "sd": show(float(np.std(scores, ddof=1))) if len(scores) > 1 else "",
         "cells": f"{len(point.members)} of {len(point.cells)}",
-        "time": show_time(float(np.mean(seconds))) if seconds else "–",
+        "time": show_time(float(np.mean(seconds))) if seconds else UNKNOWN,
         "seconds": float(np.mean(seconds)) if seconds else "",
     }
 
@@ -115,8 +160,10 @@ def ablation_tables(folder: Path | str) -> str:
     lines = [f"- {sentence.striptags()}" for sentence in write_findings(ablation, outcomes)]
     for outcome in outcomes:
         better = "higher" if outcome.is_higher_better else "lower"
-        lines += ["", f"{outcome.name} ({outcome.unit}, {better} is better), grand mean {show(outcome.grand)}:", ""]
+        unit = f"{outcome.unit}, {better} is better, n = {outcome.num_samples}"
+        lines += ["", f"{outcome.name} ({unit}), grand mean {show(outcome.grand)}:", ""]
         lines += _table(effect_rows(outcome))
+        lines += [line for factor in outcome.factors if factor.steps for line in ("", *_table(_step_rows(factor)))]
     return "\n".join([*lines, ""])
 
 

@@ -11,6 +11,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float
 
+from alula.evaluation.bootstrap import Interval, percentile_interval
+
 Levels = Mapping[str, str]
 
 
@@ -24,6 +26,7 @@ class Additive:
     Attributes:
         factors: the factors with two levels or more, and those levels.
         grand: what gives the grand mean: (points,).
+        left: what gives what the effects leave over: (points, points).
 
     Example:
         >>> fit = Additive([{"size": "s"}, {"size": "l"}, {"size": "l"}], {"size": ["s", "l"]})
@@ -39,6 +42,7 @@ class Additive:
         self._design = np.hstack([np.ones((len(points), 1)), *blocks])
         self._inverse = np.linalg.pinv(self._design)
         self.grand = self._known(np.eye(self._design.shape[1])[:1])[0]
+        self.left: Float[np.ndarray, "points points"] = np.eye(len(points)) - self._design @ self._inverse
 
     def effects(self, factor: str) -> Float[np.ndarray, "levels points"]:
         """What gives the effects of a factor's levels; NaN where the points cannot tell them from another factor's."""
@@ -56,15 +60,14 @@ class Additive:
 
     def interactions(self) -> dict[tuple[tuple[str, str], tuple[str, str]], Float[np.ndarray, " points"]]:
         """For each two levels of two factors what gives their mean beyond the sum of the effects; empty where nothing is left over."""
-        left = np.eye(len(self.points)) - self._design @ self._inverse
-        if np.allclose(left, 0):
+        if np.allclose(self.left, 0):
             return {}
         found = {}
         for one, two in combinations(self.factors, 2):
             for first in self.factors[one]:
                 for second in self.factors[two]:
                     both = [point[one] == first and point[two] == second for point in self.points]
-                    if any(both) and not np.allclose(given := left[both].mean(0), 0):
+                    if any(both) and not np.allclose(given := self.left[both].mean(0), 0):
                         found[(one, first), (two, second)] = given
         return found
 
@@ -82,15 +85,58 @@ def _sum_to_zero(count: int) -> Float[np.ndarray, "levels coefficients"]:
     return np.vstack([np.eye(count - 1), -np.ones(count - 1)])
 
 
-def draw_seeds(values: Float[np.ndarray, "seeds resamples"], generator: np.random.Generator) -> Float[np.ndarray, " resamples"]:
-    """The mean over seeds that are drawn again in each resample of the test samples; of one seed, its values.
+def freedom_of(left: Float[np.ndarray, "cells cells"]) -> int:
+    """Degrees of freedom of what a projection leaves over."""
+    return round(float(np.trace(left)))
 
-    The deviation from the mean over all seeds is widened by sqrt(n / (n - 1)): n seeds drawn from n vary by (n - 1) / n too little.
-    Source: Davison & Hinkley 1997, Bootstrap Methods and their Application, section 2.3.
+
+def draw_starts(
+    values: Float[np.ndarray, " cells"],
+    draws: Float[np.ndarray, "cells resamples"],
+    left: Float[np.ndarray, "cells cells"],
+    generator: np.random.Generator,
+) -> Float[np.ndarray, "cells resamples"]:
+    """`draws` of the test samples, moved as other starts of the training would move each cell.
+
+    How far that is, all cells tell together: the mean square s^2 of what is `left` of their values, with f degrees of freedom. In each
+    resample its true value is f s^2 / chi^2(f), so that few seeds give wide intervals (Student's t for a difference); what
+    the test samples explain of it is in the draws already and is taken off. Without a degree of freedom nothing is known, and added.
+
+    Source: Box, Hunter & Hunter 2005, chapter 4 (pooled variance); Weerahandi 1993, Generalized Confidence Intervals, for the rest.
+
+    Args:
+        left: what gives each cell's deviation from the mean of its point, or, with one seed, what the effects leave over.
     """
-    count, resamples = values.shape
-    mean = values.mean(0)
-    if count == 1:
-        return mean
-    drawn = generator.integers(count, size=(count, resamples))
-    return mean + np.sqrt(count / (count - 1)) * (np.take_along_axis(values, drawn, axis=0).mean(0) - mean)
+    freedom = freedom_of(left)
+    if not freedom:
+        return draws
+    total = ((left @ values) ** 2).sum()
+    of_samples = ((left @ (draws - values[:, None])) ** 2).sum(0).mean() / freedom
+    variance = np.maximum(total / generator.chisquare(freedom, draws.shape[1]) - of_samples, 0)
+    return draws + np.sqrt(variance) * generator.standard_normal(draws.shape)
+
+
+def hold_together(
+    values: Float[np.ndarray, " rows"], draws: Float[np.ndarray, "rows resamples"], *, level: float = 0.95
+) -> list[Interval | None]:
+    """An interval for each number, such that with the probability `level` all of them hold at once; None for all where one is unknown.
+
+    Each has the width of its own percentile interval, times one factor for all: the `level` quantile of the largest deviation.
+    So the best of many is not called better by chance.
+
+    Source: Westfall & Young 1993, Resampling-Based Multiple Testing (single-step max T).
+    """
+    if not (np.isfinite(values).all() and np.isfinite(draws).all()):
+        return [None] * len(values)
+    half = np.array([_half_width(row, level) for row in draws])
+    away = np.abs(draws - values[:, None])
+    apart = np.divide(away, half[:, None], out=np.zeros_like(away), where=half[:, None] > 0)
+    half = half * float(np.quantile(apart.max(0), level))
+    # Rounded: an interval that ends at zero but for the dust of floating point does not leave zero out.
+    ends = np.round([values - half, values + half], 9).T
+    return [Interval(low=float(low), high=float(high), level=level) for low, high in ends]
+
+
+def _half_width(draws: Float[np.ndarray, " resamples"], level: float) -> float:
+    own = percentile_interval(draws, level=level)
+    return own.half_width if own else 0.0

@@ -6,26 +6,30 @@ from itertools import pairwise
 import numpy as np
 from markupsafe import Markup
 
+from alula.errors import counted
 from alula.evaluation.bootstrap import percentile_interval
 from alula.report.format import show
-from alula.report.outcomes import Ablation, Factor, Outcome, shown
+from alula.report.grid_folder import Ablation
+from alula.report.outcomes import Estimate, Factor, Outcome, shown
 from alula.report.verdict import listed
 
 
 def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Markup]:
-    """What may be said, in sentences, the most important first; of the first outcome."""
-    if not outcomes or not outcomes[0].factors:
-        return [Markup("Fewer than two points have a finished cell: no effect is known yet.")]
-    main = outcomes[0]
-    said = [_most(main), *(_factor_sentence(main, factor) for factor in main.factors)]
-    said += _expected(ablation.about["expected"], main)
-    said += _interaction_sentence(ablation, main)
-    if ablation.seeds < 2:
-        said.append(Markup("One seed only: the intervals are over test samples, another start could change more than that."))
+    """What may be said, in sentences: of every outcome that the grid names, the first one in full."""
+    asked = [one for one in outcomes if one.is_asked]
+    if not asked or not asked[0].factors:
+        return [Markup("Fewer than two points that can be compared have a finished cell: no effect is known yet."), *ablation.scores.notes]
+    said: list[Markup] = []
+    for outcome in asked:
+        where = Markup(" on the {}").format(outcome.name) if len(asked) > 1 else Markup("")
+        said += [_most(outcome), *(_factor_sentence(outcome, factor, where) for factor in outcome.factors)]
+        said += [_steps_sentence(outcome, factor, where) for factor in outcome.factors if factor.steps]
+    said += [*_expected(ablation.about["expected"], asked[0]), *_interaction_sentence(asked[0]), *_starts(ablation, asked[0])]
     crashed = [cell.name for point in ablation.points for cell in point.cells if cell.state == "crashed"]
     missing = [point.label for point in ablation.points if not point.members]
     return [
         *said,
+        *ablation.scores.notes,
         *([Markup("<b>Crashed</b>, and in no effect: {}.").format(listed(crashed))] if crashed else []),
         *([Markup("Without a finished cell, and in no effect: {}.").format(listed(missing))] if missing else []),
     ]
@@ -34,47 +38,75 @@ def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Mark
 def _most(outcome: Outcome) -> Markup:
     """Which factor matters most, and which it cannot be told apart from."""
     first, *others = outcome.factors
-    if not any(factor.is_clear for factor in outcome.factors):
+    if not any(factor.gap.is_clear for factor in outcome.factors):
         return Markup("No factor makes a difference to the {} that is more than noise.").format(outcome.name)
     said = Markup("The {} depends most on <b>{}</b>.").format(outcome.name, first.name)
-    close = [other.name for other in others if np.isfinite(other.range) and not _is_more(first, other)]
+    close = [other.name for other in others if np.isfinite(other.gap.value) and not _is_more(first, other)]
     return said + Markup(" It cannot be told apart from {} in that.").format(listed(close)) if close else said
 
 
 def _is_more(first: Factor, second: Factor) -> bool:
-    interval = percentile_interval(first.draws - second.draws)
-    return interval is not None and interval.excludes(0.0)
+    """Whether the larger of both differences is more than noise, and more than the other one."""
+    interval = percentile_interval(np.round(first.draws - second.draws, 9))
+    larger = max(first, second, key=lambda factor: factor.gap.value)
+    return larger.gap.is_clear and interval is not None and interval.excludes(0.0)
 
 
-def _factor_sentence(outcome: Outcome, factor: Factor) -> Markup:
-    if not np.isfinite(factor.range):
+def _amount(outcome: Outcome, estimate: Estimate, *, is_signed: bool = False) -> str:
+    return f"{show(estimate.value, is_signed=is_signed)} {outcome.unit} {shown(estimate.interval)}".strip()
+
+
+def judged(estimate: Estimate) -> str:
+    """What may be said of a difference."""
+    return "more than noise" if estimate.is_clear else "noise could explain it"
+
+
+def _factor_sentence(outcome: Outcome, factor: Factor, where: Markup) -> Markup:
+    if not np.isfinite(factor.gap.value):
         return Markup("<b>{}</b>: the finished points cannot tell it from another factor.").format(factor.name)
-    gap = f"{show(factor.range)} {outcome.unit} {shown(factor.interval)}".strip()
-    judged = "more than noise" if factor.is_clear else "noise could explain it"
     if factor.best == factor.worst:
-        return Markup("<b>{}</b>: its levels do not differ.").format(factor.name)
-    return Markup("<b>{}</b>: {} is {} ahead of {}, {}.").format(factor.name, factor.best, gap, factor.worst, judged)
+        return Markup("<b>{}</b>: its levels do not differ{}.").format(factor.name, where)
+    said = Markup("<b>{}</b>: {} is {} ahead of {}{}, {}.")
+    return said.format(factor.name, factor.best, _amount(outcome, factor.gap), factor.worst, where, judged(factor.gap))
+
+
+def _steps_sentence(outcome: Outcome, factor: Factor, where: Markup) -> Markup:
+    steps = [f"{step.level} {_amount(outcome, step, is_signed=True)} ({judged(step)})" for step in factor.steps]
+    said = Markup("<b>{}</b>, step by step from {}{}: {}.")
+    return said.format(factor.name, factor.steps[0].before, where, ", then ".join(steps))
 
 
 def _expected(names: Sequence[str], outcome: Outcome) -> list[Markup]:
     """For each two neighbours of the expected order whether the first matters more."""
-    found, said = {factor.name: factor for factor in outcome.factors if np.isfinite(factor.range)}, []
+    found, said = {factor.name: factor for factor in outcome.factors if np.isfinite(factor.gap.value)}, []
     for more, less in pairwise(names):
         if more in found and less in found:
-            gap, interval = found[more].range - found[less].range, percentile_interval(found[more].draws - found[less].draws)
-            judged = "cannot be told" if not _is_more(found[more], found[less]) else "holds" if gap > 0 else "does not hold"
+            gap, interval = found[more].gap.value - found[less].gap.value, percentile_interval(found[more].draws - found[less].draws)
+            answer = "cannot be told" if not _is_more(found[more], found[less]) else "holds" if gap > 0 else "does not hold"
             said.append(
                 Markup("Expected: {} matters more than {}. That <b>{}</b>: {} {} apart {}.").format(
-                    more, less, judged, show(gap, is_signed=True), outcome.unit, shown(interval)
+                    more, less, answer, show(gap, is_signed=True), outcome.unit, shown(interval)
                 )
             )
     return said
 
 
-def _interaction_sentence(ablation: Ablation, outcome: Outcome) -> list[Markup]:
+def _interaction_sentence(outcome: Outcome) -> list[Markup]:
+    if len(outcome.factors) < 2:
+        return []
     if not outcome.interactions:
         return [Markup("Whether factors depend on each other cannot be seen in these points: a full grid with all its points can tell.")]
     largest = outcome.interactions[0]
-    gap = f"{show(largest.value, is_signed=True)} {outcome.unit} {shown(largest.interval)}".strip()
-    judged = "a hint that the factors depend on each other" if largest.is_clear else "noise could explain it"
-    return [Markup("Largest interaction: {} has {} beyond the sum of both effects, {}.").format(largest.name, gap, judged)]
+    meaning = "the factors depend on each other" if largest.is_clear else "noise could explain it"
+    said = Markup("Largest interaction: {} has {} beyond the sum of both effects, {}.")
+    return [said.format(largest.name, _amount(outcome, largest, is_signed=True), meaning)]
+
+
+def _starts(ablation: Ablation, outcome: Outcome) -> list[Markup]:
+    """What the intervals know of other starts of the training."""
+    if ablation.has_seeds:
+        return []
+    if outcome.freedom:
+        said = Markup("One seed only: how far another start could move a point is read from what the effects leave over ({} of freedom).")
+        return [said.format(counted(outcome.freedom, "degree"))]
+    return [Markup("One seed only: the intervals are over test samples, another start could change more than that.")]

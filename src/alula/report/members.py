@@ -22,6 +22,7 @@ class Member:
         sources: for each (row, task) the cell and the arm whose predictions are behind the score.
         unparsed: for each (row, task) the number of answers whose form could not be read.
         unread: for every column which of its answers these are in the last row, 0 or 1; NaN where predictions do not tell.
+        ids: for every column the test samples of the last row, in the order of `samples`; empty where predictions are missing.
         references: for each series that measures are held against, its cells to compare this one with.
     """
 
@@ -32,6 +33,7 @@ class Member:
     sources: dict[tuple[int, str], Path]
     unparsed: dict[tuple[int, str], int]
     unread: tuple[TaskSamples, ...]
+    ids: tuple[tuple[str, ...], ...] = ()
     problems: tuple[str, ...] = ()
     references: dict[str, tuple["Member", ...]] = field(default_factory=dict)
 
@@ -111,7 +113,7 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
     matrix = ScoreMatrix(
         tasks=tasks, base_tasks=base_tasks, rows=rows, counts=counts, bits_tasks=bits, ranked_tasks=ranked, probe_tasks=probes
     )
-    samples, unread, problems = _read_samples(matrix, scores)
+    samples, unread, ids, problems = _read_samples(matrix, scores)
     return Member(
         cell=cell,
         arm=arm,
@@ -120,6 +122,7 @@ def read_member(cell: Cell, arm: str, *, base: list[Cell]) -> Member:
         sources={key: donor.predictions_path(row["row"], row["arm"], key[1]) for key, (row, donor) in scores.items()},
         unparsed={key: row.get("unparsed", 0) for key, (row, _) in scores.items()},
         unread=unread,
+        ids=ids,
         problems=(*_disorder(cell), *problems),
     )
 
@@ -144,12 +147,13 @@ def _order(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _read_samples(
     matrix: ScoreMatrix, scores: dict[tuple[int, str], tuple[dict, Cell]]
-) -> tuple[tuple[TaskSamples, ...], tuple[TaskSamples, ...], list[str]]:
-    """Of every column what each sample scored, checked against the stored scores, and which answers of the last row are unread."""
-    columns, answers, problems = [], [], []
+) -> tuple[tuple[TaskSamples, ...], tuple[TaskSamples, ...], tuple[tuple[str, ...], ...], list[str]]:
+    """Of every column what each sample scored, checked against the stored scores; of the last row which answers are unread, and the ids."""
+    columns, answers, ids, problems = [], [], [], []
     for column, name in enumerate(matrix.names):
         values = np.full((len(matrix.rows), int(matrix.counts[column])), np.nan)
         unread, weights = np.full((1, values.shape[1]), np.nan), None
+        tested: tuple[str, ...] = ()
         for stage in range(len(matrix.rows)):
             if (stage, name) not in scores:
                 continue
@@ -161,6 +165,7 @@ def _read_samples(
             values[stage] = [line["score"] for line in lines]
             if stage == matrix.num_learnt:
                 unread[0] = [1 - line["parsed"] if "parsed" in line else np.nan for line in lines]
+                tested = tuple(str(line["id"]) for line in lines)
             if name in matrix.bits_tasks:
                 weights = np.array([line.get("bytes", 1) for line in lines], dtype=float)
             mean = float(np.average(values[stage], weights=weights)) if len(lines) else float("nan")
@@ -168,4 +173,5 @@ def _read_samples(
                 problems.append(f"{cell.name}, row {stage}, {name}: score {row['score']:.4f}, predictions give {mean:.4f}.")
         columns.append(TaskSamples(name=name, values=values, weights=weights))
         answers.append(TaskSamples(name=name, values=unread))
-    return tuple(columns), tuple(answers), problems
+        ids.append(tested)
+    return tuple(columns), tuple(answers), tuple(ids), problems

@@ -1,7 +1,7 @@
 """The run folder as it lies on disk. What is missing is empty, what cannot be read is named, nothing is computed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -127,6 +127,20 @@ def read_run(folder: Path | str) -> Run:
         cells=tuple(_read_cell(path, problems, usual=usual) for path in folders),
         problems=tuple(problems),
     )
+
+
+def rows_by_method(
+    cells: Sequence[Cell], file: str, *, is_usable: Callable[[Row], bool], wanted: str, problems: list[str]
+) -> dict[str, list[Row]]:
+    """The object that this JSON file of each cell holds, by method; a damaged one is named in `problems`, with what is `wanted`."""
+    found: dict[str, list[Row]] = {}
+    for cell in cells:
+        value: object = _optional(cell.folder / file, read_json, {}, problems)
+        if isinstance(value, dict) and is_usable(value):
+            found.setdefault(cell.method, []).append(value)
+        elif value:
+            problems.append(f"{cell.name}/{file}: {wanted}")
+    return found
 
 
 def _optional(path: Path, read: Callable[[Path], T], default: T, problems: list[str]) -> T:

@@ -1,15 +1,13 @@
 """MoME's two mixtures in the report: the importance of encoders and the choice of adapters, task by task. It imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
 
-from alula.errors import UserError
-from alula.files import read_json
 from alula.report.figures import NUM_COLOURS
 from alula.report.format import show
-from alula.report.reading import Cell, Row
+from alula.report.reading import Cell, Row, rows_by_method
 from alula.report.routing import layer_groups
 
 View = dict[str, object]
@@ -19,32 +17,25 @@ AXES = {"encoders": ("tasks", "encoders"), "adapters": ("tasks", "layers", "expe
 NUMBERS = {"encoders": ("importance", "weights"), "adapters": ("weights",)}
 
 
-def share_view(cells: Sequence[Cell]) -> View:
-    """Of every method with such a file the means over its cells with the same tasks, encoders and adapters."""
+def share_view(cells: Sequence[Cell], *, groups: Mapping[str, Sequence[str]] | None = None) -> View:
+    """Of every method with such a file the means over its cells with the same tasks, encoders and adapters.
+
+    Args:
+        groups: of each group of tasks their names: means over these are shown, not the tasks. None: each task is.
+    """
     problems: list[str] = []
-    found: dict[str, list[Row]] = {}
-    for cell in cells:
-        if row := _row(cell, problems):
-            found.setdefault(cell.method, []).append(row)
-    groups = [{"name": name, **_group(rows)} for name, rows in found.items()]
-    return {"groups": groups, "problems": problems}
+    wanted = "one number for each of tasks and encoders, or tasks, layers and experts, is wanted."
+    found = rows_by_method(cells, FILE, is_usable=_is_usable, wanted=wanted, problems=problems)
+    shown = [{"name": name, **_group(rows, groups or {})} for name, rows in found.items()]
+    return {"groups": shown, "problems": problems}
 
 
-def _row(cell: Cell, problems: list[str]) -> Row:
-    """What the file holds; a damaged one is named in `problems`."""
-    path = cell.folder / FILE
-    try:
-        value = read_json(path) if path.exists() else {}
-    except UserError as error:
-        problems.append(f"{cell.name}: {error}")
-        return {}
-    if not isinstance(value, dict) or not all(_is_usable(kind, value[kind]) for kind in AXES if kind in value):
-        problems.append(f"{cell.name}/{FILE}: one number for each of tasks and encoders, or tasks, layers and experts, is wanted.")
-        return {}
-    return value
+def _is_usable(row: Row) -> bool:
+    own = [kind for kind in AXES if kind in row]
+    return bool(own) and all(_fits(kind, row[kind]) for kind in own)
 
 
-def _is_usable(kind: str, part: object) -> bool:
+def _fits(kind: str, part: object) -> bool:
     if not isinstance(part, dict) or not all(isinstance(part.get(key), list) for key in (*AXES[kind], *NUMBERS[kind])):
         return False
     wanted = tuple(len(part[axis]) for axis in AXES[kind])
@@ -54,8 +45,19 @@ def _is_usable(kind: str, part: object) -> bool:
         return False
 
 
-def _group(rows: Sequence[Row]) -> View:
-    return {kind: make(_alike(kind, rows)) for kind, make in (("encoders", _encoders), ("adapters", _adapters))}
+def _group(rows: Sequence[Row], groups: Mapping[str, Sequence[str]]) -> View:
+    makers = (("encoders", _encoders), ("adapters", _adapters))
+    return {kind: make([_by_group(kind, part, groups) for part in _alike(kind, rows)]) for kind, make in makers}
+
+
+def _by_group(kind: str, part: Row, groups: Mapping[str, Sequence[str]]) -> Row:
+    """The part with groups in the place of its tasks; as it is where none of its tasks is in one."""
+    places = {name: [part["tasks"].index(task) for task in tasks if task in part["tasks"]] for name, tasks in groups.items()}
+    places = {name: own for name, own in places.items() if own}
+    if not places:
+        return part
+    means = {key: [np.mean([part[key][place] for place in own], axis=0) for own in places.values()] for key in NUMBERS[kind]}
+    return {**part, "tasks": list(places), **means}
 
 
 def _alike(kind: str, rows: Sequence[Row]) -> list[Row]:

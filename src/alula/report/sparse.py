@@ -5,10 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alula.errors import UserError
-from alula.files import read_json
 from alula.report.format import show
-from alula.report.reading import Cell, Row
+from alula.report.reading import Cell, Row, rows_by_method
 
 View = dict[str, object]
 FILE = "sparse.json"
@@ -20,29 +18,13 @@ MOST_EXPERTS = 16
 def sparse_view(cells: Sequence[Cell]) -> View:
     """Of every method with sparse networks the means over its cells with the same tasks, layers and experts."""
     problems: list[str] = []
-    found: dict[str, list[Row]] = {}
-    for cell in cells:
-        if row := _row(cell, problems):
-            found.setdefault(cell.method, []).append(row)
+    wanted = "shares of tasks x layers x experts are wanted."
+    found = rows_by_method(cells, FILE, is_usable=_is_usable, wanted=wanted, problems=problems)
     return {"groups": [_group(name, rows) for name, rows in found.items()], "problems": problems}
 
 
-def _row(cell: Cell, problems: list[str]) -> Row:
-    """What the file holds; a damaged one is named in `problems`."""
-    path = cell.folder / FILE
-    try:
-        value = read_json(path) if path.exists() else {}
-    except UserError as error:
-        problems.append(f"{cell.name}: {error}")
-        return {}
-    if value and not _is_usable(value):
-        problems.append(f"{cell.name}/{FILE}: shares of tasks x layers x experts are wanted.")
-        return {}
-    return value
-
-
-def _is_usable(row: object) -> bool:
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), list) and row[key] for key in ("tasks", "layers")):
+def _is_usable(row: Row) -> bool:
+    if not all(isinstance(row.get(key), list) and row[key] for key in ("tasks", "layers")):
         return False
     shape = (len(row["tasks"]), len(row["layers"]))
     try:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from alula.config import Recipe, check_recipe, read_raw
 from alula.data.checking import check
@@ -17,7 +17,7 @@ from alula.errors import UserError, nearest
 from alula.overrides import put_change
 from alula.report.outcomes import AVERAGE
 from alula.running.cells import check_methods
-from alula.running.choices import check_model
+from alula.running.choices import check_model, check_tasks
 from alula.running.shots import shot_family, shot_name
 
 KEY = "grid"
@@ -26,8 +26,10 @@ KEY = "grid"
 class GridChoice(Strict):
     """What is varied; a recipe's key ``grid``."""
 
-    design: Literal["full", "one_at_a_time"] = "full"
-    """``full``: every level with every other. ``one_at_a_time``: the first level of each factor, then one factor changed at a time."""
+    design: Literal["full", "half", "one_at_a_time"] = "full"
+    """``full``: every level with every other. ``half``: of factors with two levels the points in which an even number of them stands at its
+    second, so that (from four factors on) no effect is mixed up with another or with how two go together. ``one_at_a_time``: the first
+    level of each factor, then one factor changed at a time."""
 
     factors: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
     """Of each factor the levels, and of each level what it changes: paths of the recipe and their values. In short
@@ -36,9 +38,27 @@ class GridChoice(Strict):
     expected: list[str] = Field(default_factory=list)
     """Factors in the order in which they are expected to matter: the page says whether they do."""
 
-    outcome: str | None = None
-    """What the page's sentences are about: ``average score``, a task, or ``4shot``, the mean over all tasks with so many examples
-    (see ``evaluation.shots``); None: the average score."""
+    steps: list[str] = Field(default_factory=list)
+    """Factors whose levels stand in an order, each with something more than the one before: the page shows each step."""
+
+    groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
+    """Groups of tasks, as ``documents: [digits, charts]``: the mean over each is an outcome."""
+
+    outcome: list[str] = Field(default_factory=list)
+    """What the page's sentences are about, one or several: ``average score``, a task, a group, or ``4shot``, the mean over all tasks with
+    so many examples (see ``evaluation.shots``). Default: the average score."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        uneven = {name: len(levels) for name, levels in self.factors.items() if len(levels) != 2}
+        if self.design == "half" and (uneven or len(self.factors) < 3):
+            raise ValueError(f"design half takes three factors or more with two levels each; came {uneven or len(self.factors)}. Take full")
+        return self
+
+    @field_validator("outcome", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
 
     @field_validator("factors", mode="before")
     @classmethod
@@ -84,6 +104,8 @@ class Grid:
             "design": self.choice.design,
             "factors": {name: list(levels) for name, levels in self.choice.factors.items()},
             "expected": self.choice.expected,
+            "steps": self.choice.steps,
+            "groups": self.choice.groups,
             "outcome": self.choice.outcome,
             "points": [{"label": point.label, "levels": point.levels} for point in self.points],
         }
@@ -94,26 +116,39 @@ def read_grid(path: Path | str, *, changes: Iterable[str] | None = None) -> Grid
 
     Raises:
         UserError: as `read_recipe`; a path that leads nowhere, a point that is no valid recipe or whose parts do not fit (with the
-            arithmetic), several methods, or an expected factor that is not there.
+            arithmetic), several methods, or a factor, task or outcome that is named and not there.
     """
     raw = read_raw(path, changes=changes)
     if KEY not in raw:
         raise UserError(f"{path}: '{KEY}' is missing, the factors of the grid. Add it, as in grid: {{factors: {{train.steps: [10, 20]}}}}.")
     choice = check(GridChoice, raw.pop(KEY), str(path), path=(KEY,))
-    for name in choice.expected:
-        if name not in choice.factors:
-            raise UserError(f"{path}: '{KEY}.expected' names an unknown factor '{name}'. {nearest(name, choice.factors)}")
+    for key in ("expected", "steps"):
+        _refuse_unknown(getattr(choice, key), choice.factors, what="factor", where=f"{path}: '{KEY}.{key}'")
     points = tuple(_point(raw, choice, levels, where=str(path)) for levels in _combinations(choice))
-    for point in points if choice.outcome else ():
-        known = _outcomes(point.recipe)
-        if choice.outcome not in known:
-            raise UserError(f"{path}, point {point.label}: '{KEY}.outcome' is '{choice.outcome}'. {nearest(str(choice.outcome), known)}")
+    for point in points:
+        place, known = f"{path}, point {point.label}", _outcomes(point.recipe)
+        for name, members in choice.groups.items():
+            _refuse_unknown(members, _tasks(point.recipe), what="task", where=f"{place}: '{KEY}.groups.{name}'")
+            if name in known:
+                raise UserError(f"{path}: '{KEY}.groups' has a group '{name}', which is the name of another outcome. Rename the group.")
+        _refuse_unknown(choice.outcome, [*known, *choice.groups], what="outcome", where=f"{place}: '{KEY}.outcome'")
     return Grid(choice=choice, points=points)
 
 
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, where: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where} names an unknown {what} '{name}'. {nearest(name, known)}")
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    return [choice.name for choice in (*recipe.tasks, *recipe.base_tasks)]
+
+
 def _outcomes(recipe: Recipe) -> list[str]:
-    """What the page of a grid of such recipes can be about."""
-    names, shots = [choice.name for choice in (*recipe.tasks, *recipe.base_tasks)], recipe.evaluation.shots
+    """What the page of a grid of such recipes can be about, besides groups."""
+    names, shots = _tasks(recipe), recipe.evaluation.shots
     return [AVERAGE, *names, *map(shot_family, shots), *(shot_name(name, count) for count in shots for name in names)]
 
 
@@ -134,10 +169,15 @@ def _named(value: Any) -> str:
 
 
 def _combinations(choice: GridChoice) -> list[dict[str, str]]:
-    if choice.design == "full":
-        return [dict(zip(choice.factors, levels, strict=True)) for levels in product(*choice.factors.values())]
+    if choice.design != "one_at_a_time":
+        whole = [dict(zip(choice.factors, levels, strict=True)) for levels in product(*choice.factors.values())]
+        return whole if choice.design == "full" else [point for point in whole if _is_even(choice, point)]
     base = {name: next(iter(levels)) for name, levels in choice.factors.items()}
     return [base, *({**base, name: level} for name, levels in choice.factors.items() for level in list(levels)[1:])]
+
+
+def _is_even(choice: GridChoice, point: dict[str, str]) -> bool:
+    return sum(list(choice.factors[name]).index(level) for name, level in point.items()) % 2 == 0
 
 
 def _point(raw: dict[str, Any], choice: GridChoice, levels: dict[str, str], *, where: str) -> Point:
@@ -155,6 +195,7 @@ def _point(raw: dict[str, Any], choice: GridChoice, levels: dict[str, str], *, w
     recipe = recipe.model_copy(update={"methods": [method.model_copy(update={"label": label})]})
     try:
         check_methods(recipe)
+        check_tasks(recipe)
         check_model(recipe)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error

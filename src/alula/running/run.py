@@ -70,7 +70,7 @@ def run_recipe(
         if launcher is None:
             return run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
         names = scored_names(stream, recipe.evaluation.shots)
-        return dispatch(todo, launcher, has_base=lambda: has_base(folder, names), say=say)
+        return dispatch(todo, launcher, has_base=lambda: not recipe.evaluation.base_row or has_base(folder, names), say=say)
 
 
 @contextlib.contextmanager
