@@ -24,6 +24,7 @@ from alula.running.learn import learn_task
 from alula.running.run import run_recipe
 from alula.training import Trainer, TrainSettings
 from alula.training.processes import join_launch
+from few_prompts import few_general_prompts
 from zoo import build
 
 COLOURS = ("red", "green", "blue")
@@ -60,6 +61,7 @@ def write_world(folder):
     """A tiny model, two tasks of which half the rows have no image, and a recipe."""
     model, processor = build("llava")
     model.generation_config.suppress_tokens = [processor.tokenizer.convert_tokens_to_ids("<image>")]  # a random model would say it
+    model.generation_config.eos_token_id = list(range(2, 512, 5))  # and would never end
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     for colour in COLOURS:
@@ -104,6 +106,12 @@ def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     join_launch()
+    with few_general_prompts():
+        everything(folder)
+
+
+def everything(folder):
+    """What both processes do."""
     with contextlib.suppress(Cut):
         full_training(folder / "cut", kind=cut_short(METHODS["finetune_full"], 4), shard=True)
     is_main = torch.distributed.get_rank() == 0

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from alula.cli import main as command_line
 from alula.files import read_json, read_jsonl, write_json, write_text
 from distributed_worker import write_world
+from few_prompts import few_general_prompts
 from zoo import build
 
 NUM_PROCESSES = 2
@@ -132,20 +133,22 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    folder, chance = given.folder, random.Random(given.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    write_recipe(folder)
+    write_recipe(given.folder)
     build("llava")  # what a process would import only now is there for all
+    with few_general_prompts():
+        kill_and_resume(given.folder, kills=given.kills, chance=random.Random(given.seed))
+
+
+def kill_and_resume(folder, *, kills, chance):
+    """Writes ``moments.json``: when each kill came, and what differs after the same command has run again."""
     world = World(folder / "recipe.yaml", folder / "said.txt")
-    world.run(folder / "whole")
-    whole = contents(folder / "whole")
-    length = world.run(folder / "warm")  # the first run is slower: files and code are not in memory yet
-    assert contents(folder / "warm") == whole, "two runs that nobody killed differ"
-    moments = []
-    for number in range(given.kills):
+    length = 0.9 * world.run(folder / "whole")  # the first run is slower: files and code are not in memory yet
+    whole, moments = contents(folder / "whole"), []
+    for number in range(kills):
         out = folder / f"killed-{number:02d}"
-        moment = world.kill(out, lambda number=number: (number + chance.random()) / given.kills, length=length)
+        moment = world.kill(out, lambda number=number: (number + chance.random()) / kills, length=length)
         world.run(out)
         found = contents(out)
         differ = sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))

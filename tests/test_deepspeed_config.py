@@ -218,6 +218,48 @@ def test_accelerate_launch_hands_over_its_options(monkeypatch, options, found):
             translated(config)
 
 
+def test_the_users_config_and_another_of_the_launcher_are_refused(monkeypatch, tmp_path):
+    write_json(tmp_path / "mine.json", {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"})
+    raw = {"tasks": ["emoji_en"], "methods": ["finetune"], "train": {"deepspeed": str(tmp_path / "mine.json")}}
+    write_text(tmp_path / "recipe.yaml", yaml.safe_dump(raw))
+    for stage in (2, 3):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+        with launched() as (asked,):
+            changes = [f"train.{asked}"]
+        if stage == 3:  # what both say is no contradiction
+            assert read_recipe(tmp_path / "recipe.yaml", changes=changes).train.shard
+        else:
+            with pytest.raises(UserError, match=r"mine\.json in the training settings, accelerate launch --use_deepspeed by the launcher"):
+                read_recipe(tmp_path / "recipe.yaml", changes=changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"shard": True}),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"shard": True, "activation_checkpointing": True},
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, {}),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16. no and bf16 are accepted"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "came with --fsdp_offload_params"),
+    ],
+)
+def test_what_accelerate_launch_sets_without_deepspeed_is_said_or_refused(monkeypatch, caplog, options, found):
+    for name, value in options.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found), launched():
+            pass
+        return
+    with launched() as asked:
+        assert parse_settings(asked) == found
+    assert [", ".join(asked) in record.getMessage() for record in caplog.records] == [True] * bool(found)
+
+
 def test_accelerators_with_an_engine_or_a_scale_of_their_own_are_refused():
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = object()  # fp16 needs a GPU

@@ -21,6 +21,9 @@ def recipe(method, **changes):
     ("method", "says"),
     [
         ({"name": "finetune", "options": {"rnak": 2}}, r"Unknown option 'rnak' of method 'finetune'\. Known: .*Did you mean 'rank'"),
+        ({"name": "finetune", "options": {"rank": "8"}}, r"method 'finetune': 'options\.rank' is '8': .*valid integer"),
+        ({"name": "finetune", "options": {"layers": 3}}, r"method 'finetune': 'options\.layers' is 3: .*Sequence"),
+        ({"name": "routed", "with": [{"name": "o_lora", "options": {"weight": "big"}}]}, r"addition 'o_lora': 'options\.weight' is 'big'"),
         ({"name": "ia3", "options": {"rank": 2}}, r"Unknown option 'rank' of method 'ia3'\. Known: none"),
         ({"name": "merging", "options": {"rnak": 2}}, r"of method 'merging'\. Known: .*Did you mean 'rank'"),
         ({"name": "wings", "options": {"strict_texts": True}}, r"of method 'wings'\. Known: .*Did you mean 'strict_text'"),

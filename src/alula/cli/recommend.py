@@ -37,7 +37,7 @@ def recommend(
     Exit code 1: none can be recommended within the limits. The same command goes on where it was stopped.
     """
     from alula.cli.arguments import quoted, task_choice
-    from alula.cli.screen import notes, progress, results
+    from alula.cli.screen import progress, results, say
     from alula.config import check_train, parse_settings
 
     settings = check_train(parse_settings(set_ or []))
@@ -49,9 +49,6 @@ def recommend(
     memory_limit = None if size is None else int(size)
     limits = Limits(keeps_old_data=keep_old_data, memory=memory_limit, seconds=seconds, base_forgetting=max_base_forgetting)
 
-    def say(line: str) -> None:
-        notes.print(line, markup=False, soft_wrap=True)
-
     with progress() as bar:
         found = run(
             tasks, folder=out, limits=limits, model=model, base_tasks=base_tasks, settings=settings, pilot_size=pilot_size,
@@ -62,7 +59,7 @@ def recommend(
         if why := line.out or line.unsure:
             results.print(f"{line.name} is {line.verdict}: it {why}.", markup=False, soft_wrap=True)
     results.print("\n".join(found.sentences), markup=False, soft_wrap=True)
-    notes.print(f"The rule: {RULE}", markup=False, soft_wrap=True)
+    say(f"The rule: {RULE}")
     if found.recipe is None:
         raise typer.Exit(1)
     results.print(f"Recipe: alula run {quoted(found.recipe)}", markup=False, soft_wrap=True)

@@ -35,14 +35,11 @@ def run(recipe: RecipeFile, out: RunFolder = None, set_: Changes = None, workers
 
 def run_cells(recipe: Path, *, out: Path | None, changes: list[str] | None, workers: str | None, ray: str | None) -> tuple[Path, int]:
     """Runs what is not done yet; gives the run folder and the number of cells that crashed."""
-    from alula.cli.screen import notes, progress, silent
+    from alula.cli.screen import progress, say, silent
     from alula.config import read_recipe
 
     count = read_workers(workers, is_cluster=ray is not None)
     folder = out or Path("runs") / recipe.stem
-
-    def say(line: str) -> None:
-        notes.print(line, markup=False, soft_wrap=True)
 
     with launched() as asked, silent(not is_main()):
         wanted = read_recipe(recipe, changes=[*(changes or []), *(f"train.{setting}" for setting in asked)])
@@ -68,13 +65,20 @@ def read_workers(text: str | None, *, is_cluster: bool = False) -> int | None:
 
 def show_results(folder: Path, pages: dict[str, Path], crashed: int) -> None:
     """The summary, the pages, and exit code 1 if a cell crashed."""
-    from alula.cli.screen import notes, results
+    from alula.cli.screen import results
     from alula.cli.tables import summary_table
 
     results.print(summary_table(folder))
     for label, page in pages.items():
         results.print(f"{label}: {page}", markup=False, soft_wrap=True)
+    fail_if(crashed, page="report")
+
+
+def fail_if(crashed: int, *, page: str) -> None:
+    """Exit code 1, with a word, if a cell crashed."""
+    from alula.cli.screen import say
+
     if crashed:
         cells = "1 cell" if crashed == 1 else f"{crashed} cells"
-        notes.print(f"{cells} crashed; the report says why. The same command again tries only what is not done.", soft_wrap=True)
+        say(f"{cells} crashed; the {page} says why. The same command again tries only what is not done.")
         raise typer.Exit(1)

@@ -14,6 +14,11 @@ notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 
 
+def say(line: str) -> None:
+    """A line for people, as it is."""
+    notes.print(line, markup=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def silent(is_silent: bool) -> Iterator[None]:
     """A block that shows nothing if `is_silent`: one of several processes speaks for all. Errors leave it and are shown."""

@@ -15,7 +15,6 @@ from torch import nn
 
 from alula.data.collate import Collator
 from alula.data.stream import Stream, Task, merge_tasks
-from alula.errors import UserError
 from alula.experts.sparse_ffn import is_sparse
 from alula.files import write_json
 from alula.methods import METHODS, FinetuneFull, JointFull, Method, compose
@@ -58,6 +57,7 @@ class Cell:
     base_folder: Path
     batch_size: int
     future_tasks: bool = True
+    base_row: bool = True
     base_every_task: bool = True
     pack: int | None = None
     shots: tuple[int, ...] = ()
@@ -115,7 +115,8 @@ def run_cell(
     collator = Collator(processor)
     asked = ask_with_shots(stream, model, collator, shots=cell.shots, form=cell.shots_as)
     book = ScoreBook(cell, stream, model, collator, asked=asked, progress=progress, team=team)
-    book.score_base()
+    if cell.base_row:
+        book.score_base()
     with _looking(cell, model, team) as folder:
         if folder is not None:
             keep_attention_shift(model, collator, stream, row=0, arm=None, folder=folder, num_samples=cell.attention_shift)
@@ -171,14 +172,11 @@ def make_method(cell: Cell, model: nn.Module, collator: Collator) -> Method:
     """The cell's method on `model`, with its additions; full training of a sparse decoder keeps its experts balanced.
 
     Raises:
-        UserError: an unknown method or addition, options it does not take, or an addition that does not fit the method.
+        UserError: an unknown method or addition, a value that an option cannot have, or an addition that does not fit the method.
     """
     kind = METHODS[cell.method]
     read = {"tokenizer": collator.tokenizer} if "tokenizer" in signature(kind).parameters else {}
-    try:
-        method = kind(model, settings=cell.settings, **read, **cell.options)
-    except TypeError as error:
-        raise UserError(f"Method '{cell.method}' cannot be made with {dict(cell.options)}: {error}. Correct its options.") from error
+    method = kind(model, settings=cell.settings, **read, **cell.options)
     additions = cell.additions
     if isinstance(method, TRAIN_GATES) and is_sparse(model) and BALANCE not in [name for name, _ in additions]:
         additions = (*additions, (BALANCE, {}))  # with MM1's weights; one that the recipe names has the recipe's

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from alula.config import ModelChoice, Recipe, TaskChoice
 from alula.data.choices import read_choice
-from alula.data.readers import check_images, read_test
+from alula.data.documents import SOURCE, check_kinds
+from alula.data.readers import check_images, find_splits, read_test
 from alula.data.stream import Stream, Task
-from alula.data.tasks import load_task
+from alula.data.tasks import TASKS, load_task
 from alula.errors import UserError, nearest
 from alula.experts.upcycling import upcycle
 from alula.models import load_model
@@ -28,28 +29,43 @@ def load_choice(choice: TaskChoice) -> Task:
         UserError: an unknown built-in task, or data that cannot be used (with file and line), images included.
     """
     if choice.is_built_in:
-        return load_task(choice.name, train_size=choice.train_size, test_size=choice.test_size)
+        return _scored(load_task(choice.name, train_size=choice.train_size, test_size=choice.test_size), choice)
     task = limited(read_choice(choice), train_size=choice.train_size, test_size=choice.test_size)
     check_images(task.train, task.test)  # now, not in the middle of the training
     return task
 
 
+def _scored(task: Task, choice: TaskChoice) -> Task:
+    """A built-in task with the scoring that the recipe asks for in place of its own."""
+    if choice.scoring in ("exact_match", task.scoring):  # the first is what a recipe says that says nothing
+        return task
+    if choice.scoring != "bits_per_byte":
+        raise UserError(
+            f"Task '{choice.name}': scoring '{choice.scoring}' came, but it is scored by {task.scoring}. "
+            "A built-in task takes bits_per_byte besides its own; leave scoring away, or give data of your own."
+        )
+    return replace(task, scoring=choice.scoring)
+
+
 def load_to_score(choice: TaskChoice) -> Task:
-    """As `load_choice`, but every row of a user's file is scored; a folder's test rows are.
+    """As `load_choice`, but nothing learns from it: of a user's data without test rows of its own every row is scored.
 
     Raises:
         UserError: as `load_choice`.
     """
-    if choice.path is None or choice.path.is_dir():
+    if choice.path is None or choice.test_path is not None:
         return load_choice(choice)
-    task = read_test(choice.name, choice.path, scoring=choice.scoring, **choice.reading)
+    path, test_path = find_splits(choice.path) if choice.path.is_dir() else (choice.path, None)
+    if test_path is not None:
+        return load_choice(choice)
+    task = limited(read_test(choice.name, path, scoring=choice.scoring, **choice.reading), train_size=None, test_size=choice.test_size)
     check_images(task.test)
     return task
 
 
 def load_stream(recipe: Recipe) -> Stream:
-    """The recipe's stream."""
-    base = tuple(replace(load_choice(choice), is_base=True) for choice in recipe.base_tasks)
+    """The recipe's stream; nothing learns from base tasks (see `load_to_score`)."""
+    base = tuple(replace(load_to_score(choice), is_base=True) for choice in recipe.base_tasks)
     return Stream(tasks=tuple(load_choice(choice) for choice in recipe.tasks), base_tasks=base)
 
 
@@ -74,6 +90,20 @@ def load_chosen(recipe: Recipe, *, device: str | None = None) -> tuple[PreTraine
         if chosen.upcycle is not None:
             upcycle(model, **chosen.upcycle)
     return model.to(find_device(device)).eval(), processor  # type: ignore[arg-type]
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Refuses names that no built-in task and no source of a blend has, before any data are read.
+
+    Raises:
+        UserError: with the nearest known.
+    """
+    for choice in (*recipe.tasks, *recipe.base_tasks):
+        sources = [source.name for source in choice.blend if source.name is not None]
+        check_kinds(*(name.removeprefix(SOURCE) for name in sources if name.startswith(SOURCE)))
+        for name in [choice.name] if choice.is_built_in else [name for name in sources if not name.startswith(SOURCE)]:
+            if name not in TASKS:
+                raise UserError(f"Unknown task '{name}'. {nearest(name, TASKS)}")
 
 
 def check_model(recipe: Recipe) -> None:

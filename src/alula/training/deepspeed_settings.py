@@ -13,7 +13,8 @@ from alula.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-KEY = "deepspeed"
+KEY, LAUNCHED = "deepspeed", "launched_deepspeed"
+"""The user's config among the settings, and the one that ``accelerate launch`` brings."""
 
 
 class Taken(NamedTuple):
@@ -40,7 +41,7 @@ def with_deepspeed(
     defaults: Mapping[str, Any] | None = None,
     num_processes: int | None = None,
 ) -> dict[str, Any]:
-    """Training settings, not yet checked, with what their key ``deepspeed`` stands for in place of it; without that key as they are.
+    """Training settings, not yet checked, with what the DeepSpeed config among them stands for in place of it; without one as they are.
 
     What the config leaves out, or calls ``auto``, is as in the other settings; what both say must agree. The log says what was taken
     and what has no effect.
@@ -54,16 +55,17 @@ def with_deepspeed(
         num_processes: that train together; None: those of this process's group.
 
     Raises:
-        UserError: a config that cannot be read or asks for what the loop does not do, or one that contradicts the other settings.
+        UserError: a config that cannot be read or asks for what the loop does not do, one that contradicts the other settings, or two
+            that differ.
     """
-    given = {key: value for key, value in train.items() if key != KEY}
+    given = {key: value for key, value in train.items() if key not in (KEY, LAUNCHED)}
     whole = {**(defaults or {}), **given}
-    if KEY not in train:
+    places = {KEY: f"{where}: '{'.'.join((*path, KEY))}'", LAUNCHED: "accelerate launch --use_deepspeed"}
+    sources = {place: train[key] for key, place in places.items() if key in train}
+    if not sources:
         return whole
-    source = train[KEY]
-    name = str(source) if isinstance(source, str | Path) else f"{where}: '{'.'.join((*path, KEY))}'"
     ours = check(kind, whole, where, path=path)
-    config, idle = read_config(source, where=name)
+    name, config, idle = _read_one(sources)
     if config.bf16.enabled and dtype == "float16":
         raise UserError(f"{name}: 'bf16' is on, but the recipe's dtype is float16. Take one of them out, or set dtype to bfloat16.")
     index, count = _place() if num_processes is None else (0, num_processes)
@@ -77,6 +79,23 @@ def with_deepspeed(
         if idle:
             logger.warning("%s: without effect here: %s.", name, ", ".join(idle))
     return whole | taken
+
+
+def _read_one(sources: Mapping[str, Any]) -> tuple[str, DeepSpeedConfig, list[str]]:
+    """What messages call the config, the config, and its keys without effect.
+
+    Args:
+        sources: the user's, the launcher's or both, by what messages call them if they are no files.
+    """
+    named = [(str(source) if isinstance(source, str | Path) else place, source) for place, source in sources.items()]
+    (name, config, idle), *others = [(name, *read_config(source, where=name)) for name, source in named]
+    for other, theirs, _ in others:
+        if theirs != config:
+            raise UserError(
+                f"Two DeepSpeed configs came that differ: {name} in the training settings, {other} by the launcher. One is accepted: take "
+                "the first out, or start with torchrun, which brings none."
+            )
+    return name, config, idle
 
 
 def _agreed(wanted: Iterable[Taken], given: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class TrainSettings(BaseModel):
     """Steps between two rows of losses.jsonl (1 or more); the last step of a stage is always recorded."""
 
     num_workers: int = Field(0, ge=0)
-    """Processes that prepare batches (0: the training process itself)."""
+    """Processes that make batches ahead (0 or more); 0: one thread of the training process does, two steps ahead."""
 
     @property
     def rate(self) -> float:

@@ -10,7 +10,7 @@ from alula.data.stream import Task
 from alula.errors import UserError
 from alula.methods.additions.aside import evaluating
 from alula.methods.additions.base import ADDITIONS, Addition
-from alula.methods.base import Method
+from alula.methods.base import METHODS, Method
 from alula.objectives.next_token import next_token_loss, num_targets
 
 FISHER, ANCHOR = "fisher", "anchor"
@@ -53,9 +53,10 @@ class EWC(Addition):
     ) -> None:
         super().__init__(method, model, collator=collator)
         if not method.shares_parameters:
+            known = ", ".join(name for name in METHODS if METHODS[name].shares_parameters)
             raise UserError(
-                f"ewc came for {method.name}, in which every task has parameters of its own: nothing of earlier tasks moves. "
-                "Methods that go on training the same parameters (finetune, finetune_full ...) accept it. Take it out."
+                f"ewc came for {method.name}, in which every task has parameters of its own, new ones without an earlier value to hold "
+                f"them to. Methods that go on training the same parameters are accepted: {known}. Take ewc out, or choose one of them."
             )
         if weight < 0 or num_samples < 1 or (decay is not None and not 0 <= decay <= 1):
             wanted = "a weight from 0 up, 1 or more samples and a decay from 0 to 1 are accepted"
