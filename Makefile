@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/alula run recipes/demo.yaml --out runs/demo
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests that depend most on Transformers, with the oldest one that is supported.
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
@@ -32,8 +32,9 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 test-lowest: $(LOWEST)/installed
-	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest tests/test_architectures.py tests/test_anatomy.py tests/test_processors.py \
-		tests/test_mixture.py tests/test_learners*.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile \
+		tests/test_architectures.py tests/test_anatomy.py tests/test_processors.py tests/test_mixture.py tests/test_learners*.py \
+		tests/test_other_trainers.py tests/test_collate.py tests/test_pool.py tests/test_leaving.py tests/test_serving.py tests/test_live_model.py tests/test_lm_eval.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

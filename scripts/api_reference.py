@@ -22,6 +22,7 @@ import alula
 from alula.cli.app import app
 from alula.registry import Registry
 from alula.routers.named import ROUTINGS
+from alula.running.options import option_names
 
 HEAD = """# Reference
 
@@ -66,8 +67,7 @@ def registry(table: Registry) -> str:
     lines = [f"Every {table.kind} by name; `alula.METHODS['routed']` is its class.\n", "| name | what it does | options |", "|---|---|---|"]
     for name in table:
         words = (table[name].__doc__ or "").split("\n\n")[0]
-        parameters = list(inspect.signature(table[name].__init__).parameters)[2:]
-        options = ", ".join(f"`{one}`" for one in parameters if one not in ("settings", "mixtures"))
+        options = ", ".join(f"`{one}`" for one in option_names(table[name]))
         lines.append(f"| `{name}` | {plain(' '.join(words.split()))} | {options or '-'} |")
     rows = [f"| `{name}` | `{shown(routing)}` |" for name, routing in ROUTINGS.items()]
     arms = ["\nArms of `routed` (and routers of a pool); `oracle` and `uniform` besides:\n", "| name | routing |", "|---|---|", *rows]

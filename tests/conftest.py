@@ -1,4 +1,4 @@
-"""What every test gets: no network, one quiet thread pool, the same seed."""
+"""What every test gets: no network, one quiet thread pool, the same seed, few requests of general text."""
 
 import os
 
@@ -7,8 +7,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from few_prompts import few_general_prompts
 
 # Warnings are errors (pyproject.toml), but for these two, which only others can mend.
 FOREIGN_WARNINGS = (
@@ -22,6 +26,13 @@ FOREIGN_WARNINGS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in FOREIGN_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_prompts() -> Iterator[None]:
+    """In this process; workers of tests that compare with it do the same."""
+    with few_general_prompts():
+        yield
 
 
 @pytest.fixture(autouse=True)

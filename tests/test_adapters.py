@@ -1,67 +1,24 @@
-"""MoME's language experts: the equations, what is exact, whose instruction a token follows, and how adapters leave."""
+"""MoME's language experts: the equations, what is exact, and what adapters live beside."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from alula import attach, attach_learners
 from alula.adapters import AdapterConfig, attach_adapters
 from alula.adapters.site import ALL, FIRST, AdapterMixture, Call
-from alula.data.collate import IGNORED
 from alula.errors import UserError
 from alula.experts.adapter import Adapter
 from alula.routers.instruction import READS, HardRouter
 from alula.training.trainable import recompute_activations
+from taught_adapters import SMALL, attached, chosen, logits, teach
 from taught_learners import built, row, together
 from zoo import BUILDERS, build, example_batch
 
+__all__ = ["attached"]
 FAMILIES = sorted(set(BUILDERS) - {"blip_2", "florence2"})  # whose decoders' layers (OPT, BART) hold their linears themselves
-SMALL = {"bottleneck": 4, "hidden_dim": 8}
-
-
-@torch.no_grad()
-def teach(adapters, *, seed=1):
-    """Adapters that say different things, and routers that choose differently."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapters.parameters().items():
-        if name.endswith((".up.weight", ".down.weight")):
-            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-        elif ".router." in name:
-            parameter.normal_(std=1.0, generator=generator)
-        else:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    return adapters
-
-
-@pytest.fixture
-def attached():
-    """Adapters on models that tests share; they leave at the end."""
-    handles = []
-
-    def make(family="llava", *, taught=True, **options):
-        model, processor = built(family)
-        handles.append(attach_adapters(model, **{**SMALL, **options}))
-        return model, processor, teach(handles[-1]) if taught else handles[-1]
-
-    yield make
-    for handle in handles:
-        handle.detach()
-
-
-@torch.no_grad()
-def logits(model, batch, **options):
-    return model(**batch, **options).logits
-
-
-def chosen(model, adapters, batch):
-    """What each site's router chose."""
-    found = {}
-    with torch.no_grad(), adapters.recording(lambda path, choice, valid: found.update({path: choice.index})):
-        model(**batch)
-    return torch.stack(list(found.values()))
 
 
 def by_hand(x, instruction, site):
@@ -164,90 +121,6 @@ def test_adapters_are_silent_at_birth_and_detach_is_exact(family, attached):
 
 
 @pytest.mark.parametrize("router", READS)
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_a_batch_of_different_instructions_equals_its_rows_one_by_one(attached, router, family):
-    model, processor, adapters = attached(family, router=router)
-    if family == "llava":
-        rows = [row(3, "I", 4, seed=seed) for seed in range(3)] + [row(2, seed=7)]
-        batch, alone = together(*rows, left=True), [together(one) for one in rows]
-    else:
-        batch = example_batch(family, processor, text_only=True, batch=3)
-        alone = [{"input_ids": ids[mask.bool()][None]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    whole = logits(model, batch)
-    picked = chosen(model, adapters, batch)
-    assert (picked != picked[:, :1]).any()
-    for found, single in zip(whole, alone, strict=True):
-        tokens = single["input_ids"].shape[1]
-        torch.testing.assert_close(found[-tokens:], logits(model, single)[0], rtol=1e-4, atol=1e-4)
-
-
-BEAMS = {"num_beams": 3, "num_return_sequences": 2}
-
-
-@pytest.mark.parametrize(("family", "how"), [*((family, BEAMS) for family in FAMILIES), ("llava", {}), ("gemma3", {})], ids=str)
-def test_a_generation_keeps_the_instruction_of_its_prompt(attached, family, how):
-    model, processor, adapters = attached(family)
-    batch = example_batch(family, processor)
-    options = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [adapters.anatomy.image_token_id], **how}
-    found = model.generate(**batch, **options)
-    with adapters.on_prompts(batch):
-        assert torch.equal(model.generate(**batch, **options, use_cache=False), found)
-
-
-@torch.no_grad()
-def steps(model, ids, *, count=4):
-    """The logits of a greedy generation, one at a time."""
-    cache = DynamicCache(config=model.config)
-    for _ in range(count):
-        last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-        yield last
-        ids = last.argmax(-1, keepdim=True)
-
-
-def test_two_interleaved_generations_do_not_disturb_each_other(attached):
-    model, _, adapters = attached()
-    one, two = (row(5, seed=seed)[0][None] for seed in (1, 2))
-    assert (chosen(model, adapters, {"input_ids": one}) != chosen(model, adapters, {"input_ids": two})).any()
-    apart = [list(steps(model, ids)) for ids in (one, two)]
-    mixed = list(zip(steps(model, one), steps(model, two), strict=True))
-    for number, pair in enumerate(mixed):
-        assert torch.equal(pair[0], apart[0][number]) and torch.equal(pair[1], apart[1][number])
-
-
-def test_a_cache_of_another_model_has_no_instruction(attached):
-    model, _, adapters = attached()
-    cache = DynamicCache(config=model.config)
-    with adapters.using("none"):
-        logits(model, {"input_ids": row(5)[0][None]}, past_key_values=cache)
-    with pytest.raises(UserError, match="filled without the adapters"):
-        logits(model, {"input_ids": row(1)[0][None]}, past_key_values=cache)
-    assert logits(model, {"input_ids": row(1)[0][None]}).isfinite().all()  # what failed left nothing behind
-
-
-def test_an_answer_is_no_part_of_the_instruction(attached):
-    _, _, adapters = attached()
-    question, answer = row(2, "I", 3)[0], row(4, seed=5)[0]
-    ids = torch.cat([question, answer])[None]
-    labels = torch.cat([torch.full_like(question, IGNORED), answer])[None]
-    assert torch.equal(adapters.instructions({"input_ids": ids, "labels": labels}), adapters.instructions({"input_ids": question[None]}))
-    # nor are images and padding
-    padded = torch.cat([torch.zeros(3, dtype=torch.long), question[question != adapters.anatomy.image_token_id]])[None]
-    mask = torch.tensor([[0] * 3 + [1] * 5])
-    expected = adapters.instructions({"input_ids": question[None]})
-    torch.testing.assert_close(adapters.instructions({"input_ids": padded, "attention_mask": mask}), expected)
-
-
-def test_labels_given_to_forward_leave_the_route_to_the_prompt(attached):
-    model, _, adapters = attached()
-    question, answer = row(5, seed=1)[0], row(9, seed=2)[0]
-    ids = torch.cat([question, answer])[None]
-    labels = torch.cat([torch.full_like(question, IGNORED), answer])[None]
-    assert torch.equal(
-        chosen(model, adapters, {"input_ids": ids, "labels": labels}), chosen(model, adapters, {"input_ids": question[None]})
-    )
-
-
-@pytest.mark.parametrize("router", READS)
 def test_stage_two_starts_exactly_where_stage_one_ended(router):
     (model, processor), (other, _) = build("llava"), build("llava")
     single = teach(attach_adapters(model, num_experts=1, **SMALL))
@@ -325,25 +198,6 @@ def test_what_was_saved_comes_back():
     other = attach_adapters(build("llava")[0], config=config)
     other.load(saved)
     assert torch.equal(logits(other.model, batch), before)
-
-
-def test_a_sentence_encoder_reads_the_prompt(monkeypatch):
-    model, processor = build("llava")
-    said = []
-
-    class Encoder:
-        def __init__(self, name):
-            assert name == "minilm"
-
-        def __call__(self, texts):
-            said.extend(texts)
-            return torch.tensor([[float(len(text)), 1.0] for text in texts]).numpy()
-
-    monkeypatch.setattr("alula.adapters.instruction.InstructionEncoder", Encoder)
-    adapters = teach(attach_adapters(model, instruction="minilm", tokenizer=processor.tokenizer, **SMALL))
-    assert adapters.embed.width == 2
-    logits(model, example_batch("llava", processor))
-    assert "what colour" in said[1] and "how many red circles" in said[2] and "<image>" not in "".join(said)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from alula.errors import UserError
 from alula.files import read_json, sha256, write_json, write_tensors
 from alula.models import base_fingerprint
 from methods_at_work import learn
-from test_adapters import SMALL, logits, teach
+from taught_adapters import SMALL, logits, teach
 from zoo import build, example_batch
 
 

@@ -62,7 +62,7 @@ REFUSED = [
     ("finetune", [("ewc", {"num_samples": 0})], "num_samples: 0"),
     ("finetune", [("o_lora", {})], "no LoRA expert per task"),
     ("finetune_full", [("o_lora", {})], "no LoRA expert per task"),
-    ("routed", [("ewc", {})], "every task has parameters of its own"),
+    ("lora", [("ewc", {})], "ewc came for MergedLoRA.*without an earlier value.*accepted: align, finetune, finetune_full, .*Take ewc out"),
     ("finetune", [("rehearsal", {"memory_size": 3, "ratio": 0.1})], "one of them is accepted"),
     ("finetune", [("rehearsal", {"policy": "reservoir"})], "without memory_size"),
     ("finetune", [("rehearsal", {"ratio": 1})], None),

@@ -1,20 +1,38 @@
 """The benchmarks run in their smallest form and say what they promise; no time is asserted."""
 
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 
 from alula.files import read_json
-from test_composed import processor, tiny_model
+from composed_models import make_processor, tiny_model
 
-__all__ = ["processor"]
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.filterwarnings("default")  # a script warns, and goes on
 
 
 def run(script, *arguments):
+    """What the script says, run here: another process would import for longer than it measures."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        patch.syspath_prepend(FOLDER)
+        patch.setattr(sys, "argv", [script, *map(str, arguments), "--threads", "1"])
+        try:
+            runpy.run_path(str(FOLDER / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+    return said.getvalue()
+
+
+def run_apart(script, *arguments):
+    """The same in a process, for what starts processes itself."""
     command = [sys.executable, str(FOLDER / script), *map(str, arguments), "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -65,7 +83,7 @@ def test_measured_bytes_are_those_of_the_formula_and_beyond_them_it_stands_alone
 
 def test_every_form_of_low_rank_experts_runs_and_its_bars_are_shown(tmp_path):
     out = tmp_path / "experts.json"
-    said = run("experts.py", "--small", "--out", out)
+    said = run_apart("experts.py", "--small", "--out", out)
     found = read_json(out)
     (whole,) = found["whole"]
     forms = {"frozen base", "PEFT LoRA", "PEFT, all adapters active", "PEFT Arrow", "PEFT X-LoRA", "PEFT Poly", "CoIN's loop", "ours"}
@@ -76,10 +94,10 @@ def test_every_form_of_low_rank_experts_runs_and_its_bars_are_shown(tmp_path):
     assert "(≤ 1.05: " in said and said.strip().endswith(out.with_suffix(".md").read_text().strip())
 
 
-def test_every_form_of_the_pipeline_gives_the_same_and_its_parts_are_shown(processor, tmp_path):
+def test_every_form_of_the_pipeline_gives_the_same_and_its_parts_are_shown(tmp_path):
     out, folder = tmp_path / "pipeline.json", tmp_path / "model"
     tiny_model("hf").save_pretrained(folder)
-    processor.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
     sizes = ("--steps", 1, "--batch-size", 2, "--samples", 2, "--side", 64, "--repeats", 1)
     said = run("pipeline.py", "--model", folder, *sizes, "--out", out)
     found = read_json(out)["rows"]

@@ -3,8 +3,9 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from alula.running import parallel
 from alula.running.cells import find_cell, list_cells
 from alula.running.parallel import Processes, affordable_workers, dispatch, threads_each
 from alula.running.run import run_recipe, start_folder
+from alula.running.worker import _end_with_parent
 from tiny_runs import LORA, ORDERS, measured, recipe, save_tiny
 
 
@@ -97,6 +99,7 @@ def test_joint_makes_of_finetune_what_the_method_joint_is(serial):
 
 def test_two_workers_give_what_one_process_gives_to_the_bit_and_skip_what_is_done(tiny, serial, tmp_path, one_thread):
     wanted, folder, said = recipe(tiny, methods=[LORA]), tmp_path / "run", []
+    shutil.copytree(serial / "base", folder / "base")  # row 0 is there, so both start at once
     assert run_recipe(wanted, folder, say=said.append, workers=2) == 0
     for name in ("finetune-seed0", "finetune-seed0-order1"):
         assert measured(folder / "cells" / name) == measured(serial / "cells" / name), name
@@ -160,12 +163,19 @@ def test_until_row_zero_is_there_one_cell_runs_alone():
     assert Recorder.most == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_worker_ends_when_its_parent_is_gone():
-    start = "threading.Thread(target=_end_with_parent).start()"
-    code = f"import threading, time; from alula.running.worker import _end_with_parent; {start}; time.sleep(90)"
-    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    worker.communicate(timeout=60)  # closes the pipe, as the end of the parent does
-    assert worker.returncode == 1
+    reading, writing = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.close(writing)
+        os.dup2(reading, 0)
+        threading.Thread(target=_end_with_parent).start()
+        time.sleep(90)
+        os._exit(0)
+    os.close(reading)
+    os.close(writing)  # as the end of the parent does
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 1
 
 
 def test_workers_share_memory_and_cores(tiny, monkeypatch):
@@ -216,24 +226,25 @@ def test_a_finished_comparison_grows_and_what_is_there_stays_as_it_is(tiny, seri
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The address of a Ray cluster of one machine with two cores."""
-    ray = pytest.importorskip("ray")
+    """The address of a Ray cluster of one machine with two cores, to which nobody is connected yet."""
+    utils = pytest.importorskip("ray.cluster_utils")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+    made = utils.Cluster(initialize_head=True, head_node_args=head)
+    yield made.address
+    made.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own
-def test_a_ray_cluster_gives_what_this_process_gives(tiny, serial, tmp_path, cluster):
+def test_a_ray_cluster_gives_what_this_process_gives(tiny, serial, tmp_path, monkeypatch, cluster):
     methods = [LORA, {"name": "finetune", "label": "wrong", "options": {"layers": [99]}}]
-    (tmp_path / "r.yaml").write_text(write_recipe(recipe(tiny, methods=methods, orders=ORDERS[:1])))
-    command = ["compare", "r.yaml", "--out", "run", "--ray", cluster, "--workers", "2"]
-    code = "from alula.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(write_recipe(recipe(tiny, methods=methods, orders=ORDERS[:1])))
+    shutil.copytree(serial / "base", Path("run", "base"))  # row 0 is there, so both start at once
+    done = CliRunner().invoke(app, ["compare", "r.yaml", "--out", "run", "--ray", cluster, "--workers", "2"])
+    assert done.exit_code == 1, done.output
     assert "1 cell crashed" in done.stderr
     assert measured(tmp_path / "run/cells/finetune-seed0") == measured(serial / "cells" / "finetune-seed0")
     assert "no decoder layer 99" in read_json(tmp_path / "run/cells/wrong-seed0/crashed.json")["error"]

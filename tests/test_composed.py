@@ -3,98 +3,22 @@
 import copy
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from alula.errors import UserError
-from alula.models.composed import ComposedConfig, ComposedVLM, register_auto_classes
-from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
+from alula.models.composed import ComposedConfig, ComposedVLM
+from alula.models.composed_processor import ComposedProcessor
 from alula.models.connectors import CONNECTORS
 from alula.models.encoders import ENCODERS
-
-register_auto_classes()
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-TOKENS_PER_IMAGE = 4
-ENCODER_CONFIGS = {
-    "efficientnet_lite0": {"image_size": 64},
-    "hf": {
-        "config": CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=32
-        ).to_dict(),
-        "layer": -2,
-    },
-    "patch": {"image_size": 64, "patch_size": (32, 32), "dim": 16, "num_layers": 1, "num_heads": 2},
-    "vit": {"image_size": 64, "patch_size": 32, "dim": 16, "num_layers": 1, "num_heads": 2},
-}
-CONNECTOR_OPTIONS = {
-    "attention_pool": {"num_tokens": 4},
-    "average_pool": {"num_tokens": 4},
-    "c_abstractor": {"num_tokens": 4, "hidden_dim": 8, "depth": 1},
-    "deformable": {"num_tokens": 4, "num_layers": 1},
-}
-BACKBONES: dict[str, PreTrainedConfig] = {
-    name: config(vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **keywords)
-    for name, config, keywords in (
-        ("llama", LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-        ("qwen3", Qwen3Config, {"num_key_value_heads": 1, "head_dim": 16}),
-        ("gemma2", Gemma2Config, {"num_key_value_heads": 1, "head_dim": 16}),
-        ("mixtral", MixtralConfig, {"num_key_value_heads": 1, "num_local_experts": 2, "output_router_logits": True}),
-    )
-} | {"gpt2": GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=2, n_positions=256)}
-
-
-def tiny_model(encoder: str = "efficientnet_lite0", connector: str = "mlp", backbone: str = "llama") -> ComposedVLM:
-    config = ComposedConfig(
-        text_config=copy.deepcopy(BACKBONES[backbone]),
-        encoder_config={"name": encoder, **ENCODER_CONFIGS[encoder]},
-        connector_config={"name": connector, **CONNECTOR_OPTIONS.get(connector, {})},
-        image_token_id=SPECIAL.index("<image>"),
-        image_seq_length=TOKENS_PER_IMAGE,
-    )
-    model = ComposedVLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter.mul_(3)  # a fresh backbone says the same whatever it reads; a louder one does not
-    return model
+from composed_models import BACKBONES, batch_of, make_processor, picture, tiny_model
 
 
 @pytest.fixture(scope="module")
 def processor() -> ComposedProcessor:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
-    images = ComposedImageProcessor(size={"height": 64, "width": 64})
-    return ComposedProcessor(images, wrapped, image_seq_length=TOKENS_PER_IMAGE)
-
-
-def picture(seed: int) -> Image.Image:
-    noise = numpy.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=numpy.uint8)
-    return Image.fromarray(noise)
-
-
-def batch_of(processor: ComposedProcessor, texts: list[str], images: list[list[Image.Image]], **keywords) -> dict:
-    flat = [image for row in images for image in row]
-    return dict(processor(text=texts, images=flat or None, return_tensors="pt", padding=True, **keywords))
+    return make_processor()
 
 
 @pytest.mark.parametrize(("encoder", "connector"), [*((name, "mlp") for name in ENCODERS), *(("hf", name) for name in CONNECTORS)])

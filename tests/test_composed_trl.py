@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForImageTextToText, BertConfig, BertModel, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from alula import attach_adapters
 from alula.models.composed import ComposedVLM
-from alula.models.composed_processor import ComposedImageProcessor, ComposedProcessor
-from test_composed import BACKBONES, tiny_model
-from test_composed_parts import SPECIAL, WIDTH, batch_of, bytes_tokenizer, mixture_config, picture
+from composed_models import BACKBONES, asked, make_processor, mixture_config, picture, save_sentences, tiny_model
 
 # The second is the name before some 5.x of transformers.
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name))
@@ -22,19 +20,14 @@ ROWS = (("what colour is it?", "red", picture(1)), ("how many?", "three", pictur
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     """One whose sentence encoder is tiny and random."""
-    folder = tmp_path_factory.mktemp("sentences")
-    config = BertConfig(vocab_size=272, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(folder)
-    bytes_tokenizer(SPECIAL).save_pretrained(folder)
-    images = ComposedImageProcessor(size={"height": 64, "width": 64})
-    return ComposedProcessor(images, bytes_tokenizer(SPECIAL), image_seq_length=4, instruction_encoder=str(folder))
+    return make_processor(save_sentences(tmp_path_factory.mktemp("sentences")))
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2", "mixtral"])
 @torch.no_grad()
 def test_the_body_and_the_head_are_the_model(backbone, processor):
     model = tiny_model(backbone=backbone)
-    batch = batch_of(processor, ["<image>what?", "no image"], [[picture(1)], []])
+    batch = asked(processor, ["<image>what?", "no image"], [[picture(1)], []])
     hidden = model.base_model(**batch).last_hidden_state
     assert torch.equal(model.get_output_embeddings()(hidden), model(**batch).logits)
     assert not any("whole" in name for name in model.state_dict())  # a view, which the model does not hold

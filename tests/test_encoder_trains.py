@@ -9,8 +9,8 @@ from alula.errors import UserError
 from alula.methods import METHODS
 from alula.models.anatomy import anatomy
 from alula.models.composed import ComposedConfig, ComposedVLM
+from composed_models import BACKBONE
 from resume_worker import pictures, tiny_model
-from test_composed_parts import BACKBONE
 from zoo import build
 
 SETTINGS = TrainSettings(steps=1, batch_size=4, learning_rate=1e-3, warmup_ratio=0.0, schedule="constant")

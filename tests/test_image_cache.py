@@ -14,17 +14,16 @@ from alula.models.anatomy import anatomy
 from alula.models.image_cache import ImageCache, cache_images
 from alula.running.cells import list_cells
 from alula.training.trainable import set_modes
+from composed_models import batch_of, make_processor, picture, tiny_model
 from resume_worker import pictures
-from test_composed import batch_of, picture, processor, tiny_model
 from zoo import build
 
-__all__ = ["processor"]
 FAST = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2)
 
 
 @pytest.fixture
-def pixels(processor):
-    return batch_of(processor, ["<image>a", "<image>b", "<image>c"], [[picture(seed)] for seed in (1, 2, 3)])["pixel_values"]
+def pixels():
+    return batch_of(make_processor(), ["<image>a", "<image>b", "<image>c"], [[picture(seed)] for seed in (1, 2, 3)])["pixel_values"]
 
 
 def frozen(encoder="hf"):
@@ -131,10 +130,10 @@ def test_models_whose_encoder_sees_the_whole_batch_are_refused(tmp_path):
         cache_images(build("llava")[0], tmp_path)
 
 
-def test_training_and_generation_ask_the_encoder_once_for_each_image(processor, tmp_path):
+def test_training_and_generation_ask_the_encoder_once_for_each_image(tmp_path):
     model = frozen()
     samples = pictures("colours", 3)
-    cache, collator = cache_images(model, tmp_path / "images"), Collator(processor)
+    cache, collator = cache_images(model, tmp_path / "images"), Collator(make_processor())
     method = METHODS["finetune"](model, settings=FAST, rank=2)
     trainer = Trainer(model, method, collator, settings=FAST, folder=tmp_path / "run")
     list(trainer.learn(Stream(tasks=(Task(name="colours", train=samples, test=[]),))))
@@ -145,10 +144,10 @@ def test_training_and_generation_ask_the_encoder_once_for_each_image(processor, 
     assert len(read_jsonl(tmp_path / "run" / "losses.jsonl")) == 3
 
 
-def test_full_training_leaves_the_encoder_frozen_and_so_may_use_the_cache(processor, tmp_path):
+def test_full_training_leaves_the_encoder_frozen_and_so_may_use_the_cache(tmp_path):
     model = tiny_model("hf")
     cache = cache_images(model, tmp_path)
-    trainer = Trainer(model, METHODS["finetune_full"](model, settings=FAST), Collator(processor), settings=FAST, folder=None)
+    trainer = Trainer(model, METHODS["finetune_full"](model, settings=FAST), Collator(make_processor()), settings=FAST, folder=None)
     list(trainer.learn(Stream(tasks=(Task(name="colours", train=pictures("colours", 3), test=[]),))))
     assert anatomy(model).encoder and cache.hits == 3
 

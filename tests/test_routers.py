@@ -10,7 +10,7 @@ from alula.errors import UserError
 from alula.experts.lora import LoRAExperts
 from alula.mixture import attach, observe
 from alula.routers import ROUTERS, GateRouter, Seen
-from alula.routers.base import standardise, top_k_softmax
+from alula.routers.base import pick, standardise
 from zoo import build, example_batch
 
 
@@ -46,7 +46,7 @@ def test_null_options_follow_their_definitions():
     torch.testing.assert_close(dropped, plain * (scores >= 0.5))
     router.null_sum = torch.randn(8, dtype=torch.float64)
     null = standardise(u) @ standardise(router.null_sum) / math.sqrt(8)
-    expected = top_k_softmax(torch.cat([scores, null.unsqueeze(-1)], dim=-1), top_k=2)[..., :-1]
+    expected = softmax_of_best(torch.cat([scores, null.unsqueeze(-1)], dim=-1), top_k=2)[..., :-1]
     torch.testing.assert_close(router(u, context(Routing(router="gate", level="token", top_k=2, null="zero_expert"))), expected)
 
 
@@ -61,12 +61,16 @@ def test_an_untrained_gate_takes_no_part_and_none_trained_is_an_error():
         router(torch.randn(2, 5, 8), context(routing))
 
 
-def test_top_k_softmax_equals_softmax_top_k_renormalise():
-    scores = torch.randn(3, 4, 6)
+def softmax_of_best(scores, *, top_k):
+    """Softmax, top-k, renormalise, as papers write it."""
     full = scores.softmax(dim=-1)
-    best, index = full.topk(2, dim=-1)
-    expected = torch.zeros_like(full).scatter(-1, index, best / best.sum(dim=-1, keepdim=True))
-    torch.testing.assert_close(top_k_softmax(scores, top_k=2), expected)
+    best, index = full.topk(top_k, dim=-1)
+    return torch.zeros_like(full).scatter(-1, index, best / best.sum(dim=-1, keepdim=True))
+
+
+def test_the_softmax_of_the_best_is_softmax_top_k_renormalise():
+    scores = torch.randn(3, 4, 6)
+    torch.testing.assert_close(pick(scores, lambda best: best, top_k=2, experts=6).dense(), softmax_of_best(scores, top_k=2))
 
 
 @pytest.mark.parametrize("name", ["gate", "arrow", "analytic"])

@@ -16,7 +16,7 @@ from alula.methods import METHODS, Method
 from alula.models.anatomy import anatomy
 from alula.objectives.next_token import next_token_loss
 from alula.training import Trainer, TrainSettings, progress_bar
-from alula.training.order import Steps, sample_order
+from alula.training.order import sample_order
 from alula.training.trainable import set_modes
 from resume_worker import LastLayer, collate, pictures, samples, stream, tiny_model
 from zoo import build
@@ -231,21 +231,6 @@ def test_forward_only_stage_sees_each_sample_once():
     assert round(trainer.method.seen.item()) == 2 * 11
     assert [learnt.cost.samples_seen for learnt in trainer.learnt] == [4 * 3 + 11 + 4 * 4] * 2
     assert [learnt.cost.steps for learnt in trainer.learnt] == [7, 7]
-
-
-def test_every_epoch_holds_every_sample_once():
-    data = Steps(range(10), list, batch_size=4, micro_batch_size=None, seed=0, task="t", stage="s")
-    seen = [index for step in range(5) for index in data.indices(step)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
-
-
-def test_processes_share_a_batch_without_overlap():
-    options = {"batch_size": 5, "micro_batch_size": 2, "seed": 0, "task": "t", "stage": "s", "num_processes": 2}
-    shards = [Steps(range(10), list, process_index=index, **options) for index in range(2)]
-    micro_batches = [shard[1] for shard in shards]
-    assert [[len(part) for part in parts] for parts in micro_batches] == [[2, 1], [2]]
-    assert sorted(index for parts in micro_batches for part in parts for index in part) == sorted(shards[0].indices(1))
 
 
 def test_workers_change_nothing():
