@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from alula.mixture import Mixture
 
 Row = dict[str, Any]
 NO_GRADIENTS = ("frozen base",)
-ALL_PEERS = ("512 wide", "tiny")
+ALL_PEERS = ("512 wide", "2048 wide, short", "tiny")
 """Where every peer is measured: those that write each expert's output for each token need 20 GB and more elsewhere."""
 
 
@@ -80,9 +81,10 @@ def layer_rows(options: argparse.Namespace) -> list[Row]:
                 form(x)
 
         row: Row = {"experts": experts}
+        repeats = options.repeats * (1 if options.small else 4)  # a layer takes milliseconds
         for what, run in (("train", train), ("forward", forward)):
             runs = {name: lambda form=form, run=run: run(form) for name, form in forms.items()}
-            row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
+            row[what] = seconds_of(runs, repeats=repeats, clock=options.clock)
         row["saved"] = {name: bytes_saved(lambda form=form: form(x.clone().requires_grad_()), form) for name, form in forms.items()}
         rows.append(row)
         print("\n".join(layer_table([row])[2:]), flush=True)
@@ -110,13 +112,22 @@ def build(name: str, model: nn.Module, *, experts: int, rank: int) -> Any:
         return None
 
 
+def apart(rows: Callable[..., list[Row]], *arguments: Any) -> list[Row]:
+    """The rows from a process of its own: with it goes all that the peers leave behind in memory."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(rows, *arguments).result()
+
+
 def whole_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     """A whole model, two of `experts` speaking for each token, against one LoRA of twice the rank."""
+    torch.set_num_threads(options.threads)
     model, shape, rows = make_model(name), SIZES.get(name, (options.batch, options.length)), []
     batch = tokens_of(*shape)
     found = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
     shapes = [(linear.in_features, linear.out_features) for linear in found]
     for experts in options.experts:
+        if name.endswith("short") and experts != FEW:
+            continue
         names = list(WHOLE) if name in ALL_PEERS and (experts == FEW or options.small) else ["PEFT LoRA", "ours"]
         forms = {form: call for form in names if (call := build(form, model, experts=experts, rank=options.rank)) is not None}
 
@@ -176,6 +187,7 @@ def _high_water_mark() -> float:
 
 def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     """One token after the other, one answer at a time."""
+    torch.set_num_threads(options.threads)
     model, prompt, rows = make_model(name), tokens_of(1, options.prompt), []
     linears = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
     shapes = [(linear.in_features, linear.out_features) for linear in linears]
@@ -215,7 +227,7 @@ def answer(call: Callable[..., Any], prompt: dict[str, Tensor], *, tokens: int) 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="everything once, tiny: does it run?")
-    parser.add_argument("--models", nargs="+", default=["512 wide", "2048 wide", "smol"], choices=[*MODELS, "smol"])
+    parser.add_argument("--models", nargs="+", default=["512 wide", "2048 wide", "2048 wide, short", "smol"], choices=[*MODELS, "smol"])
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 8, 32, 64, 256])
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--layer-experts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -246,8 +258,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ceilings = measure() if not options.small else measure(size=64, megabytes=1, repeats=1)
     layer = layer_rows(options)
-    whole = [row for name in options.models for row in whole_rows(name, options, ceilings)]
-    decoding = [row for name in options.models for row in decode_rows(name, options, ceilings)]
+    whole = [row for name in options.models for row in apart(whole_rows, name, options, ceilings)]
+    decoding = [row for name in options.models if name != "2048 wide, short" for row in apart(decode_rows, name, options, ceilings)]
     machine = f"{ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s, {1e6 * ceilings.call:.1f} µs a call"
     parts = [
         ["## One layer, experts × rank constant, every expert speaking", "", *layer_table(layer)],

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-MODELS = {"512 wide": (512, 1376, 4), "2048 wide": (2048, 5504, 1), "tiny": (32, 64, 1)}
-SIZES = {"smol": (2, 128), "tiny": (1, 16)}
-"""Samples and tokens of a batch, where they are not the options' own: `smol` has thirty layers."""
+MODELS = {"512 wide": (512, 1376, 4), "2048 wide": (2048, 5504, 1), "2048 wide, short": (2048, 5504, 1), "tiny": (32, 64, 1)}
+SIZES = {"2048 wide, short": (4, 128), "smol": (2, 128), "tiny": (1, 16)}
+"""Samples and tokens of a batch, where they are not the options' own: peers must fit into memory, and `smol` has thirty layers."""
 
 
 def make_model(name: str) -> Any:

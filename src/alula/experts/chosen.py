@@ -30,6 +30,10 @@ class Chosen:
         """Experts that may speak at once for a token."""
         return self.weights.shape[-1]
 
+    def of_slots(self, values: Float[Tensor, "batch _ classes"]) -> Float[Tensor, "batch _ slots"]:
+        """Of one value a class the values of the classes in the slots."""
+        return values if self.index is None else values.gather(-1, self.index)
+
     def dense(self) -> Float[Tensor, "batch _ experts"]:
         """A weight for every expert, zero for those that do not speak."""
         if self.index is None:

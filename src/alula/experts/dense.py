@@ -81,7 +81,7 @@ class _Dense(torch.autograd.Function):
         if to_weights is not None and index is not None:
             to_weights = torch.nn.functional.pad(to_weights, (0, 1)).gather(-1, index)
         from_down = (from_up * on_ranks).flatten(0, 1)
-        to_x = (from_down @ _joined(down).to(dtype)).view(x.shape).to(x.dtype) if needed[1] else None
+        to_x = ((from_up * on_ranks) @ _joined(down).to(dtype)).to(x.dtype) if needed[1] else None
         rows = x.reshape(-1, x.shape[-1])
         to_down = _per_expert(from_down, rows, down, needed[7 : 7 + count], dtype)
         weighted = (hidden * on_ranks).flatten(0, 1) if any(needed[7 + count :]) else hidden

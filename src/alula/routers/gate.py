@@ -64,14 +64,13 @@ class GateRouter(Router):
             return scaled(products * seen.inverse_spread, routing.temperature)
 
         chosen = self.best(seen, context, to_scores, products=lambda: self._competing(seen, routing))
-        assert chosen.index is not None, "gates give slots"
         if routing.null == "sigmoid_keep":
             raw = seen.fp32 @ torch.stack(entries(self.gates)).float().T
-            return replace(chosen, weights=chosen.weights * torch.sigmoid(raw.gather(-1, chosen.index)))
+            return replace(chosen, weights=chosen.weights * torch.sigmoid(chosen.of_slots(raw)))
         if routing.null == "threshold":
             prior = prior_of(context, seen.x)
             scores = to_scores(self._competing(seen, routing)) + (0.0 if prior is None else prior)
-            return replace(chosen, weights=chosen.weights * (scores.gather(-1, chosen.index) >= routing.threshold))
+            return replace(chosen, weights=chosen.weights * (chosen.of_slots(scores) >= routing.threshold))
         return chosen
 
     def _competing(self, seen: Seen, routing: Routing) -> Float[Tensor, "batch tokens classes"]:
