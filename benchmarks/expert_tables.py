@@ -27,7 +27,7 @@ def layer_table(rows: list[Row]) -> list[str]:
         faster, smaller = train[loop] / train[mine], saved[loop] / saved[mine]
         shown = [bar(faster, 2.2, at_least=True), bar(smaller, 7, at_least=True)] if eight else [f"{faster:.2f}", f"{smaller:.2f}"]
         cells = [
-            bar(train[mine] / train[lora], 1.05),
+            bar(train[mine] / train[lora], 1.05, least=row["least"]),
             bar(forward[mine] / forward[lora], 1.05),
             *shown,
             bar(saved[mine] / saved[lora], 1.1),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from expert_tables import FEW, decode_table, layer_table, whole_table
 from peers import DECODING, WHOLE, layer_forms, quiet, tell
-from roofline import Ceilings, decode_ratio, measure, step_ratio
+from roofline import Ceilings, decode_ratio, layer_ratio, measure, step_ratio
 from torch import Tensor, nn
 from wide_models import MODELS, SIZES, make_model, tokens_of
 
@@ -62,7 +62,7 @@ def bytes_saved(run: Callable[[], Tensor], module: nn.Module | None) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
-def layer_rows(options: argparse.Namespace) -> list[Row]:
+def layer_rows(options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     """One linear layer, experts x rank constant, every expert speaking."""
     width, rows = options.layer_width, []
     x = torch.randn(1, options.layer_tokens, width)
@@ -80,7 +80,8 @@ def layer_rows(options: argparse.Namespace) -> list[Row]:
             with torch.no_grad():
                 form(x)
 
-        row: Row = {"experts": experts}
+        tokens, rank = options.layer_tokens, options.layer_rank
+        row: Row = {"experts": experts, "least": layer_ratio(width, ceilings, tokens=tokens, experts=experts, rank=rank)}
         repeats = options.repeats * (1 if options.small else 4)  # a layer takes milliseconds
         for what, run in (("train", train), ("forward", forward)):
             runs = {name: lambda form=form, run=run: run(form) for name, form in forms.items()}
@@ -257,7 +258,7 @@ def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
     ceilings = measure() if not options.small else measure(size=64, megabytes=1, repeats=1)
-    layer = layer_rows(options)
+    layer = layer_rows(options, ceilings)
     whole = [row for name in options.models for row in apart(whole_rows, name, options, ceilings)]
     decoding = [row for name in options.models if name != "2048 wide, short" for row in apart(decode_rows, name, options, ceilings)]
     machine = f"{ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s, {1e6 * ceilings.call:.1f} µs a call"

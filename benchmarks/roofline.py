@@ -40,6 +40,20 @@ def measure(*, size: int = 1024, megabytes: int = 64, repeats: int = 5) -> Ceili
     return Ceilings(flops=2 * size**3 / product, bytes=2 * source.nbytes / copy, call=best(lambda: small.add_(1), 200))
 
 
+def layer_ratio(width: int, ceilings: Ceilings, *, tokens: int, experts: int, rank: int) -> float:
+    """Least seconds of one trained layer in which every expert speaks, over those with one LoRA of the rank of all together.
+
+    Besides what both do: scores, their gradients to the tokens and to the gates, and one more gradient of the tokens to write and to add.
+
+    Args:
+        width: inputs and outputs of the layer.
+        rank: of all experts together.
+    """
+    both = (2 * 2 * tokens * width**2 + 3 * 2 * tokens * rank * 2 * width) / ceilings.flops + 4 * 3 * tokens * width / ceilings.bytes
+    gates = 3 * 2 * tokens * experts * width / ceilings.flops + 4 * 3 * tokens * width / ceilings.bytes
+    return 1 + gates / both
+
+
 def step_ratio(
     shapes: list[tuple[int, int]], ceilings: Ceilings, *, tokens: int, experts: int, rank: int, slots: int, backward: bool = True
 ) -> dict[str, float]:
