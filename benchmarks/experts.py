@@ -189,6 +189,8 @@ def _high_water_mark() -> float:
 def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
     """One token after the other, one answer at a time."""
     torch.set_num_threads(options.threads)
+    if name.endswith("short"):  # it has the weights of another
+        return []
     model, prompt, rows = make_model(name), tokens_of(1, options.prompt), []
     linears = [module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear) and "_proj" in path]
     shapes = [(linear.in_features, linear.out_features) for linear in linears]
@@ -258,22 +260,31 @@ def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
     ceilings = measure() if not options.small else measure(size=64, megabytes=1, repeats=1)
-    layer = layer_rows(options, ceilings)
-    whole = [row for name in options.models for row in apart(whole_rows, name, options, ceilings)]
-    decoding = [row for name in options.models if name != "2048 wide, short" for row in apart(decode_rows, name, options, ceilings)]
+    found: dict[str, list[Row]] = {"layer": layer_rows(options, ceilings), "whole": [], "decoding": []}
+    for name in options.models:
+        found["whole"] += apart(whole_rows, name, options, ceilings)
+        text = written(found, options, ceilings)
+    for name in options.models:
+        found["decoding"] += apart(decode_rows, name, options, ceilings)
+        text = written(found, options, ceilings)
+    print(text)
+
+
+def written(found: dict[str, list[Row]], options: argparse.Namespace, ceilings: Ceilings) -> str:
+    """The tables of what was measured so far, kept in the files that `options` name."""
     machine = f"{ceilings.flops / 1e9:.0f} GFLOP/s, {ceilings.bytes / 1e9:.1f} GB/s, {1e6 * ceilings.call:.1f} µs a call"
     parts = [
-        ["## One layer, experts × rank constant, every expert speaking", "", *layer_table(layer)],
-        ["## Whole models, two experts of rank r per token against one LoRA of rank 2r", "", *whole_table(whole)],
-        ["## Decoding", "", *decode_table(decoding)],
+        ["## One layer, experts × rank constant, every expert speaking", "", *layer_table(found["layer"])],
+        ["## Whole models, two experts of rank r per token against one LoRA of rank 2r", "", *whole_table(found["whole"])],
+        ["## Decoding", "", *decode_table(found["decoding"])],
         [f"{options.threads} threads; measured ceilings: {machine}; torch {torch.__version__}."],
     ]
     text = "\n\n".join("\n".join(part) for part in parts) + "\n"
-    print(text)
     if options.out:
         sizes = {key: value for key, value in vars(options).items() if key not in ("out", "clock")}
-        write_json(options.out, {"layer": layer, "whole": whole, "decoding": decoding, "ceilings": vars(ceilings), **sizes})
+        write_json(options.out, {**found, "ceilings": vars(ceilings), **sizes})
         write_text(options.out.with_suffix(".md"), text)
+    return text
 
 
 if __name__ == "__main__":

@@ -39,5 +39,6 @@ def make_model(name: str) -> Any:
 
 
 def tokens_of(batch: int, length: int) -> dict[str, Tensor]:
-    ids = torch.randint(3, 1000, (batch, length), generator=torch.Generator().manual_seed(1))
+    """Random words: batch x length; none of the special tokens, which come first in all of these vocabularies."""
+    ids = torch.randint(100, 1000, (batch, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
