@@ -12,7 +12,7 @@ from alula.experts.dense import dense_update
 from alula.experts.grouped import grouped_update
 from alula.experts.stacked import can_stack, stacked_update
 
-DENSE_RANKS = 72
+DENSE_RANKS = 56
 """Stacked ranks per slot up to which computing every expert is cheaper than moving tokens (measured, docs/kernels.md)."""
 DECODE_SLOTS = 8
 """Tokens times slots up to which matrix-vector products are cheaper than any stack."""
