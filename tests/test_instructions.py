@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import DynamicCache
 
 from alula import attach_adapters
 from alula.data.collate import IGNORED
 from alula.errors import UserError
-from alula.routers.instruction import READS
+from alula.models.instructions import InstructionEncoder
+from alula.routers.instruction import READS, HardRouter
 from taught_adapters import SMALL, attached, chosen, logits, teach
 from taught_learners import row, together
 from zoo import BUILDERS, build, example_batch
@@ -115,3 +117,12 @@ def test_a_sentence_encoder_reads_the_prompt(monkeypatch):
     assert adapters.embed.width == 2
     logits(model, example_batch("llava", processor))
     assert "what colour" in said[1] and "how many red circles" in said[2] and "<image>" not in "".join(said)
+
+
+def test_fresh_routers_do_not_give_every_sentence_to_one_expert(monkeypatch):
+    unit = functional.normalize(torch.randn(40, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+    monkeypatch.setattr(InstructionEncoder, "_read", lambda encoder: lambda texts: unit[: len(texts)].numpy())
+    instruction = torch.from_numpy(InstructionEncoder("minilm")([str(number) for number in range(len(unit))]))
+    for _ in range(20):
+        index = HardRouter(8, num_experts=4, instruction_dim=384)(torch.zeros(len(unit), 1, 8), instruction).index
+        assert index.bincount().max() < len(unit)

@@ -58,7 +58,7 @@ class SentenceEmbedding:
         self.width = int(self._encoder(["a"]).shape[-1])
 
     def __call__(self, ids: Ids, text: Marks) -> Float[Tensor, "batch width"]:
-        """Unit vectors."""
+        """Zeros for a row without text."""
         rows = [row[mark].tolist() for row, mark in zip(ids, text, strict=True)]
         texts = [" ".join(line.split()) for line in self._tokenizer.batch_decode(rows, skip_special_tokens=True)]
         return torch.from_numpy(self._encoder(texts)).to(ids.device)

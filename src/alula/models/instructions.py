@@ -46,7 +46,10 @@ def instructions_of(text: str, *, image_token: str) -> list[str]:
 
 
 class InstructionEncoder:
-    """Sentences to unit vectors by a pretrained sentence encoder, which is read at the first sentence and remembers what it said.
+    """Sentences to vectors by a pretrained sentence encoder, which is read at the first sentence and remembers what it said.
+
+    The vectors are standardised (ours). Of a unit vector 384 wide no entry is far from zero, so that a fresh router's biases would choose
+    one expert for every sentence, and a hard choice that never varies teaches a router nothing about the other experts.
 
     Args:
         name: `minilm`, the packaged all-MiniLM-L6-v2 (384 wide), or the folder or hub name of another sentence encoder.
@@ -65,7 +68,7 @@ class InstructionEncoder:
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            self._known.update(zip(new, self._read()(new), strict=True))
+            self._known.update(zip(new, _standardised(self._read()(new)), strict=True))
         rows = np.stack([self._known[text] for text in texts])
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
@@ -80,3 +83,9 @@ class InstructionEncoder:
 
     def __getstate__(self) -> dict:
         return {"name": self.name, "_encoder": None, "_known": OrderedDict()}  # workers and copies read it anew
+
+
+def _standardised(rows: Float[np.ndarray, "texts dim"]) -> Float[np.ndarray, "texts dim"]:
+    """Of mean 0 and variance 1 each; zeros stay zeros."""
+    centred = rows - rows.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt(centred.var(axis=-1, keepdims=True) + 1e-12)
