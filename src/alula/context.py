@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +16,9 @@ from torch import Tensor
 KEYWORD = "alula_context"
 BASE = "base"
 """The name of the null expert: the untouched model."""
+
+Told = tuple[tuple[tuple[int, float], ...], ...]
+"""Per sample the experts that speak, each with its weight."""
 
 Recorder = Callable[[str, Float[Tensor, "batch tokens active"], tuple[int, ...]], None]
 Observer = Callable[[str, str, Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]], None]
@@ -59,6 +61,18 @@ class Routing:
 OFF = Routing(fixed={})
 
 
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """What stays as it is throughout the answers of a batch; the same object for all their tokens, another for other answers.
+
+    Attributes:
+        told: who speaks, decided on the prompts; None: each layer's router decides, for each token.
+    """
+
+    routing: Routing
+    told: Told | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """One forward's knowledge.
@@ -70,6 +84,7 @@ class Context:
         weights: per sample, over `active` experts; None where each mixture's own router decides per token.
         active: indices of the experts that may speak; empty is the base model.
         prior: per sample log-weights over all experts, at level ``combined``.
+        decoding: what stays as it is throughout the answers that are being decoded, a token at a time; None outside decoding.
     """
 
     shape: tuple[int, int]
@@ -82,26 +97,13 @@ class Context:
     gate_of: int | None = None
     recorder: Recorder | None = None
     observer: Observer | None = None
+    decoding: Decoding | None = None
 
     def per_row(self, values: Float[Tensor, "batch classes"], x: Tensor) -> Float[Tensor, "rows 1 classes"]:
         """Per-sample `values` for the rows of `x`; keys of cross-attention come as several rows (tiles) per sample."""
         if x.shape[0] != self.shape[0]:
             values = values.repeat_interleave(x.shape[0] // self.shape[0], dim=0)
         return values.unsqueeze(1)
-
-    @cached_property
-    def told(self) -> tuple[tuple[tuple[int, float], ...], ...] | None:
-        """Per sample who speaks, with what weight, as plain numbers; None unless this is decoding after a decision on the prompt.
-
-        That is: one token per sample, known weights, nobody watching, no gradients and no autocast. It is read once in a forward, where
-        every layer would wait for it.
-        """
-        if self.shape[1] != 1 or self.weights is None or self.recorder is not None or self.observer is not None:
-            return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.valid.device.type) or torch.compiler.is_compiling():
-            return None
-        shares = [zip(self.active, row, strict=True) for row in self.weights.tolist()]
-        return tuple(tuple((index, share) for index, share in row if share) for row in shares)
 
 
 T = TypeVar("T")

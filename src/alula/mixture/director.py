@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alula.context import KEYWORD, OFF, Cell, Context, Observer, Recorder, Routing, Variable, prompt_mask
+from alula.context import KEYWORD, OFF, Cell, Context, Decoding, Observer, Recorder, Routing, Variable, prompt_mask
 from alula.errors import UserError
 from alula.mixture.mixture import introduce, own_parameters
 from alula.models.graph import output_with_parameters
@@ -32,6 +32,7 @@ class Director:
     def __init__(self, mixtures: "Mixtures") -> None:
         self.mixtures = mixtures
         self._decided: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self._answers: weakref.WeakKeyDictionary[Any, Decoding] = weakref.WeakKeyDictionary()
         self._pending: Variable[Tensor | None] = Variable("alula_pending", None)
         self._route: Variable[Tensor | None] = Variable("alula_route", None)
         self._recorder: Variable[Recorder | None] = Variable("alula_recorder", None)
@@ -56,6 +57,10 @@ class Director:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def forget_answers(self) -> None:
+        """Lets mixtures look up anew what an answer needs, after experts or their places changed."""
+        self._answers.clear()
 
     @contextlib.contextmanager
     def recording(self, *, recorder: Recorder | None = None, observer: Observer | None = None) -> Iterator[None]:
@@ -149,15 +154,38 @@ class Director:
             raise UserError("The call has neither `input_ids` nor `inputs_embeds`. Pass one of them.")
         shape = (int(like.shape[0]), int(like.shape[1]))
         choice = self._choose(routing, inputs, shape, like.device)
+        recorder, observer = self._recorder.get(), self._observer.get()
+        watched = recorder is not None or observer is not None
         return Context(
             shape=shape,
             routing=routing,
             image_mask=parts.image_mask(ids) if ids is not None else None,
             valid=_valid(inputs.get("attention_mask"), like),
-            recorder=self._recorder.get(),
-            observer=self._observer.get(),
+            recorder=recorder,
+            observer=observer,
+            decoding=None if watched else self._decoding(routing, choice, inputs.get("past_key_values"), like),
             **choice,
         )
+
+    def _decoding(self, routing: Routing, choice: Mapping[str, Any], cache: Any, like: Tensor) -> Decoding | None:
+        """What holds throughout these answers; None unless this is one token of each, without gradients.
+
+        Who speaks is read here once: every layer would wait for it. Mixtures look up what they need when the object is another.
+        """
+        if like.shape[1] != 1 or cache is None or torch.is_grad_enabled():
+            return None
+        if torch.is_autocast_enabled(like.device.type) or torch.compiler.is_compiling():
+            return None
+        weights, told = choice.get("weights"), None
+        if weights is not None:
+            rows = (zip(choice["active"], row, strict=True) for row in weights.tolist())
+            told = tuple(tuple((index, share) for index, share in row if share) for row in rows)
+        elif not _by_token(routing) or not choice["active"]:
+            return None
+        known = self._answers.get(cache)
+        if known is None or known.told != told or known.routing != routing:
+            known = self._answers[cache] = Decoding(routing, told)
+        return known
 
     def _choose(self, routing: Routing, inputs: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
         names = self.mixtures.names
@@ -205,6 +233,11 @@ class Director:
 def _threshold(routing: Routing) -> float | None:
     """How unlike its own prompts an expert may still be given; the other levels have no such threshold here."""
     return routing.threshold if routing.null == "threshold" and routing.level == "sample" else None
+
+
+def _by_token(routing: Routing) -> bool:
+    """Whether a token's own products with the gates decide and nothing else: no prior, no null option, no groups, no gate alone."""
+    return routing.level == "token" and routing.null == "none" and not routing.groups and routing.gate_of is None
 
 
 def _tap(cell: Cell, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -171,6 +171,7 @@ class Mixtures:
             for router in mixture.named_routers().values():
                 router.remove(name)
         self.prompt_router.remove(name)
+        self.director.forget_answers()
 
     def freeze(self) -> None:
         """Base, experts and routers train no more; learners are their own handle's matter."""

@@ -14,6 +14,7 @@ from alula.context import Cell, Context
 from alula.errors import UserError
 from alula.experts import Chosen, LoRAExperts
 from alula.experts.choose import DECODE_SLOTS
+from alula.mixture.decoding import Plan, plan
 from alula.routers import Router, Seen
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -39,6 +40,7 @@ class Mixture(nn.Module):
         self.routers = nn.ModuleDict()
         self.path, self.block, self.cell = path, block, cell
         self.together: tuple[Mixture, ...] = ()
+        self.plan: Plan | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -76,7 +78,15 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The host's output, and what the chosen experts add to it."""
-        parts, context = self._modules, self.cell.context  # a submodule's name is looked up in Python, a microsecond each, in every layer
+        context = self.cell.context
+        decoding = None if context is None else context.decoding
+        if decoding is not None:
+            known = self.plan
+            if known is None or known.decoding is not decoding:
+                known = self.plan = plan(self, decoding)
+            if known.dtype is x.dtype and x.numel() == x.shape[-1]:
+                return known.say(x, self.cell)
+        parts = self._modules  # a submodule's name is looked up in Python, a microsecond each, in every layer
         host, experts = cast(nn.Module, parts["host"]), cast(LoRAExperts, parts["experts"])
         out = host(x)
         if context is None:
@@ -87,7 +97,7 @@ class Mixture(nn.Module):
                 "`attach` was given, not a part of it, or `detach` first."
             )
         in_place = type(host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
-        told = context.told
+        told = None if decoding is None else decoding.told
         if told is not None and len(told) * len(context.active) <= DECODE_SLOTS and x.numel() == len(told) * x.shape[-1]:
             return experts.say(x, told, onto=out, in_place=in_place)
         tokens = x if x.dim() == 3 else x.view(*context.shape, x.shape[-1])

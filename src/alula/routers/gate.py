@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from alula.context import BASE, Context, Routing
@@ -75,7 +75,7 @@ class GateRouter(Router):
 
     def _competing(self, seen: Seen, routing: Routing) -> Float[Tensor, "batch tokens classes"]:
         """Products with `rows`, minus infinity for gates never trained, and with the null expert's where there is one."""
-        products, (_, untrained) = seen.products(self), self._derived()
+        products, untrained = seen.products(self), self.untrained()
         if untrained is not None:
             products = products.masked_fill(untrained, -torch.inf)
         if routing.null != "zero_expert":
@@ -86,6 +86,10 @@ class GateRouter(Router):
     def rows(self) -> Float[Tensor, "experts dim"]:
         """The gates standardised, over ``sqrt(n)``: with a token's `Seen.inverse_spread` they give its scores."""
         return self._derived()[0]
+
+    def untrained(self) -> Bool[Tensor, " experts"] | None:
+        """Which gates were never trained; None: all were."""
+        return self._derived()[1]
 
     def _derived(self) -> tuple[Tensor, Tensor | None]:
         """`rows`, and which gates were never trained, if any."""

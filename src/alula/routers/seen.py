@@ -97,8 +97,12 @@ class Seen:
         """``x . row`` for each of the router's rows."""
         if id(router) not in self._products:
             group = self._together if any(router is other for other in self._together) else (router,)
-            rows = [other.rows() for other in group]
-            whole = group[0].joined.of(rows, lambda: torch.cat(rows)) if len(rows) > 1 else rows[0]
-            parts = nn.functional.linear(self.fp32, whole).split([len(part) for part in rows], dim=-1)
+            parts = nn.functional.linear(self.fp32, joined_rows(group)).split([len(other.rows()) for other in group], dim=-1)
             self._products = dict(zip(map(id, group), parts, strict=True))
         return self._products[id(router)]
+
+
+def joined_rows(routers: Sequence[HasRows]) -> Float[Tensor, "classes dim"]:
+    """The rows of all of them, one after the other."""
+    rows = [router.rows() for router in routers]
+    return routers[0].joined.of(rows, lambda: torch.cat(rows)) if len(rows) > 1 else rows[0]
