@@ -129,19 +129,20 @@ def wrapped(name: str, given: list[str], returns: str) -> str:
 
 
 def members(kind: type) -> Iterator[str]:
-    """Settings, properties and methods that the class itself defines and documents."""
+    """Settings, properties and methods that the class, or one of alula that it is made from, defines and documents."""
     if issubclass(kind, BaseModel):
         for name, field in kind.model_fields.items():
             yield f"- `{name}`: {plain(field.description or '')}\n"
         yield "\n"
-    for name, member in vars(kind).items():
+    owners = [one for one in kind.__mro__ if one.__module__.startswith("alula")]
+    for owner, name, member in ((one, *item) for one in owners for item in vars(one).items()):
         plain_member = getattr(member, "__func__", member)
         if name.startswith("_") and name != "__call__":
             continue
         if isinstance(member, property) or type(member).__name__ == "cached_property":
             getter = member.fget if isinstance(member, property) else member.func
             yield f"#### `{kind.__name__}.{name}`\n\nProperty. {markdown(inspect.getdoc(getter) or '')}"
-        elif inspect.isfunction(plain_member) and inspect.getdoc(plain_member) and name in kind.__dict__ and is_written(kind, name):
+        elif inspect.isfunction(plain_member) and inspect.getdoc(plain_member) and is_written(owner, name):
             plain_member = inspect.unwrap(plain_member)
             shown_name = f"{kind.__name__}.{name}"
             doc = markdown(inspect.getdoc(plain_member) or "")

@@ -30,7 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def few_prompts() -> Iterator[None]:
-    """In this process; workers of tests that compare with it do the same."""
+    """Makes "none of the tasks" 25 prompts, every twelfth of the 300, for `routed` and for `alula adopt`.
+
+    What it hides: how long the stage ``general`` is, and what routers know of so many prompts. `test_passes.py` goes through all of them;
+    so do prefixes, documents, and the processes that tests start, but for workers whose numbers are compared with those made here.
+    """
     with few_general_prompts():
         yield
 

@@ -8,7 +8,7 @@ import torch
 
 from alula import attach_adapters, load_adapters, save_adapters
 from alula.errors import UserError
-from alula.files import read_json, sha256, write_json, write_tensors
+from alula.files import read_json, read_tensors, sha256, write_json, write_tensors
 from alula.models import base_fingerprint
 from methods_at_work import learn
 from taught_adapters import SMALL, logits, teach
@@ -121,10 +121,11 @@ def test_a_file_that_changed_is_refused(folder, fresh):
 @pytest.mark.parametrize(
     ("keys", "value", "says"),
     [
-        (("config", "num_experts"), 4000, "asks for num_experts 4,000, but adapters.safetensors holds 4"),
-        (("config", "bottleneck"), 10**9, "asks for bottleneck 1,000,000,000"),
-        (("config", "hidden_dim"), 10**9, "asks for hidden_dim 1,000,000,000"),
-        (("config", "layers"), [0], "came with shape"),
+        (("config", "num_experts"), 4000, "adapters.4.down.weight' of shape none; adapters.json asks for ["),
+        (("config", "num_experts"), 1, "asks for none"),
+        (("config", "bottleneck"), 10**9, "asks for [1000000000, "),
+        (("config", "hidden_dim"), 10**9, "asks for [1000000000]"),
+        (("config", "layers"), [0], "asks for none"),
         (("config", "surprise"), 1, "config.surprise"),
         (("files", "../../etc/passwd"), "0" * 64, "No alula writes this"),
         (("files", "other.bin"), "0" * 64, "adapters.safetensors, other.bin"),
@@ -138,6 +139,20 @@ def test_a_manifest_that_no_alula_writes_is_refused_before_anything_is_allocated
     with pytest.raises(UserError, match=re.escape(says)):
         load_adapters(fresh, folder)
     assert [name for name, _ in fresh.named_modules()] == names
+
+
+@pytest.mark.parametrize("end", ["down.weight", "up.weight", "scale", "mlp.0.weight", "mlp.2.weight", "mlp.2.bias"])
+def test_no_tensor_of_another_shape_is_read_or_made_room_for(folder, fresh, monkeypatch, end):
+    tensors, largest = read_tensors(folder / "adapters.safetensors"), 10**9
+    tensors |= {name: torch.zeros(largest, 0) for name in tensors if name.endswith(end)}  # of no byte in the file
+    write_tensors(folder / "adapters.safetensors", tensors)
+    change(folder, "files", "adapters.safetensors", value=sha256(folder / "adapters.safetensors"))
+    for key in {"down.weight": ("bottleneck",), "mlp.0.weight": ("hidden_dim",)}.get(end, ()):
+        change(folder, "config", key, value=largest)
+    monkeypatch.setattr("alula.pool.adapter_folder.read_tensors", lambda path: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"holds '\S+' of shape .*; adapters.json asks for .* in this model. Load the base model"):
+        load_adapters(fresh, folder)
+    assert not any("adapters" in name for name, _ in fresh.named_modules())
 
 
 def test_trained_values_that_do_not_fit_and_links_to_elsewhere_are_refused(folder, fresh, tmp_path):

@@ -107,6 +107,27 @@ def test_every_form_of_the_pipeline_gives_the_same_and_its_parts_are_shown(tmp_p
     assert "| training, a step | after |" in said
 
 
+def test_both_forms_of_an_update_agree_and_are_measured(tmp_path):
+    out = tmp_path / "forms.json"
+    said = run("forms.py", "--small", "--out", out)
+    rows = read_json(out)["rows"]
+    assert [(row["width"], row["experts"], row["ranks_per_slot"]) for row in rows] == [(16, 2, 2.0), (16, 4, 4.0)]
+    assert all(row[name].keys() == {"dense", "loop"} for row in rows for name in ("forward", "training"))
+    assert len(said.splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_a_large_pool_is_opened_and_asked(tmp_path):
+    model, pool, out = tmp_path / "model", tmp_path / "pool", tmp_path / "pool.json"
+    tiny_model("hf").save_pretrained(model)
+    make_processor().save_pretrained(model)
+    runpy.run_path(str(FOLDER / "large_pool.py"))["make"](pool, str(model), 3, 2)  # here: the script would start a process for it
+    said = run("large_pool.py", pool, "--model", model, "--out", out)
+    found = read_json(out)
+    assert found["experts"] == 3 and found["megabytes_on_disk"] > 0 and found["seconds_to_open"] > 0
+    assert found.keys() == {line.split()[0] for line in said.splitlines()}
+
+
 def test_two_level_routing_is_measured(tmp_path):
     said = run("two_level.py", "--pools", 64, "--dim", 16, "--groups", 1, 8)
     rows = [[float(cell) for cell in line.strip("|").split("|")] for line in said.splitlines()[2:]]

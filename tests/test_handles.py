@@ -173,7 +173,8 @@ def test_a_copy_puts_back_its_own_connector():
     model, _, learners = attached("learners")
     weight = "model.multi_modal_projector.linear_1.weight"
     before = model.get_parameter(weight).detach().clone()
-    learners.exchange({weight: before + 1.0}, origin="here")
+    learners.exchange({weight: before - 1.0}, origin="here")
+    learners.exchange({weight: before + 1.0}, origin="there")
     twin, own = copy.deepcopy((model, learners))
     own.detach()
     assert torch.equal(twin.get_parameter(weight), before) and torch.equal(model.get_parameter(weight), before + 1.0)

@@ -7,7 +7,7 @@ import torch
 
 from alula import Collator, Stream, Trainer
 from alula.context import Routing
-from alula.data.sample import Sample
+from alula.data.tasks import general_prompts
 from alula.methods import METHODS
 from alula.mixture import observe
 from alula.objectives.next_token import IGNORED
@@ -89,10 +89,10 @@ def test_a_decision_that_is_held_costs_its_pass_once_for_many_forwards(ready):
     assert len(seen) == 1 + 3
 
 
-def test_each_stage_of_routed_goes_through_the_model_once_per_step(monkeypatch):
-    monkeypatch.setattr("alula.methods.routed.general_prompts", lambda: [Sample.ask(f"{number}?", "yes") for number in range(5)])
+def test_each_stage_of_routed_goes_through_the_model_once_per_step_and_general_takes_all_300_prompts(monkeypatch):
+    monkeypatch.setattr("alula.methods.routed.general_prompts", general_prompts)  # not the few that `conftest.py` leaves
     model, processor = build("llava")
-    method = METHODS["routed"](model, settings=SETTINGS, rank=2, arms=("analytic", "gate", "arrow"), gate_steps=3, statistics_samples=4)
+    method = METHODS["routed"](model, settings=SETTINGS, rank=2, arms=("analytic", "gate", "arrow"), gate_steps=3, statistics_samples=5)
     trainer = Trainer(model, method, Collator(processor), settings=SETTINGS, folder=None)
     ends, end = {}, method.end_stage
     with forwards(model, method.mixtures.anatomy) as seen:
@@ -105,3 +105,4 @@ def test_each_stage_of_routed_goes_through_the_model_once_per_step(monkeypatch):
         list(trainer.learn(Stream(tasks=tasks("one"))))
     assert ends.keys() == {"expert", "gate", "statistics", "general"}
     assert all(passes == steps for passes, steps in ends.values()), ends
+    assert ends["general"][1] == -(-300 // SETTINGS.batch_size)

@@ -8,7 +8,7 @@ import torch
 from alula.context import Routing
 from alula.errors import UserError
 from alula.files import sha256
-from alula.mixture import observe
+from alula.mixture import attach, observe
 from alula.peft_format import read_adapter
 from alula.pool import Pool
 from pool_of_one import logits, make_pool, teach, with_expert
@@ -28,6 +28,15 @@ def test_a_loaded_pool_gives_the_same_logits_for_every_router(tmp_path):
     ):
         with mixtures.using(routing), loaded.using(routing):
             assert torch.equal(logits(fresh, batch), logits(model, batch))
+
+
+def test_an_expression_for_linears_is_kept_as_the_names_it_found(tmp_path):
+    model, _ = build("llava")
+    mixtures = attach(model, linears="[qv]_.*", layers=[0])
+    pool = Pool.create(tmp_path / "pool", mixtures, base="tiny", linears="[qv]_.*", layers=[0])
+    assert pool.manifest["linears"] == ["q_proj", "v_proj"]
+    mixtures.detach()
+    assert pool.attach(model).sites.keys() == {f"model.language_model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")}
 
 
 def test_adding_an_expert_leaves_every_stored_file_as_it_was(tmp_path):

@@ -119,6 +119,7 @@ LIES = {
     "a terminal's orders": ({"base": {"name": "a\x1b[2J", "fingerprint": "0" * 64}}, r"base\.name"),
     "a newer format": ({"format": 2}, "Install a newer alula"),
     "layers of text": ({"layers": ["0"]}, "layers"),
+    "an expression that takes for ever": ({"linears": "(a+)+$"}, r"'linears' is '\(a\+\)\+\$': Input should be a valid list"),
 }
 
 

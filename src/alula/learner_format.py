@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alula.errors import UserError
 from alula.files import read_json, read_tensors, write_json, write_tensors
 from alula.learners import LearnerConfig, Learners, attach_learners
-from alula.peft_format import header
+from alula.peft_format import check_shapes
 
 CONFIG, TENSORS, TRAINED = "learners.json", "learners.safetensors", "trained.safetensors"
 """How they sit in the model, their tensors, and what else was trained with them (connector, backbone)."""
@@ -75,13 +75,7 @@ def _check_shapes(model: nn.Module, config: LearnerConfig, path: Path) -> None:
     narrow = attach_learners(model, config=config.model_copy(update={"rank": 1, "positions": 1}))
     asked = {name: _widened(name, list(tensor.shape), config) for name, tensor in narrow.tensors().items()}
     narrow.detach()
-    found = header(path)
-    for name in sorted(asked.keys() | found.keys()):
-        if asked.get(name) != found.get(name):
-            raise UserError(
-                f"{path} holds '{name}' of shape {found.get(name, 'none')}; {CONFIG} asks for {asked.get(name, 'none')} in this model. "
-                "Load the base model they were made for, or copy the folder again."
-            )
+    check_shapes(path, asked, config=CONFIG)
 
 
 def _widened(name: str, shape: list[int], config: LearnerConfig) -> list[int]:

@@ -173,6 +173,24 @@ def header(path: Path) -> dict[str, list[int]]:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Copy it again.") from error
 
 
+def check_shapes(path: Path, asked: Mapping[str, list[int]], *, config: str) -> None:
+    """Refuses a safetensors file that does not hold the tensors asked for, and no other; none is read.
+
+    Args:
+        config: the file that asks for them, for the error.
+
+    Raises:
+        UserError: with the first tensor that is missing, too many or of another shape.
+    """
+    found = header(path)
+    for name in sorted(asked.keys() | found.keys()):
+        if asked.get(name) != found.get(name):
+            raise UserError(
+                f"{path} holds '{name}' of shape {found.get(name, 'none')}; {config} asks for {asked.get(name, 'none')} in this model. "
+                "Load the base model they were made for, or copy the folder again."
+            )
+
+
 def few(names: list[str]) -> str:
     """The first names of a list, for an error."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

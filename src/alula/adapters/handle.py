@@ -3,7 +3,7 @@
 import contextlib
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from alula.errors import UserError, nearest
 from alula.learners.features import valid_tokens
 from alula.models.anatomy import Anatomy
 from alula.models.graph import output_with_parameters
-from alula.models.parameters import exchange, put, put_back
+from alula.models.handle import Handle
 
 SPEAKING = (ALL, FIRST, NONE)
 
 
-class Adapters:
+class Adapters(Handle[AdapterMixture]):
     """The adapters of one model, and which of them speak. Made by `attach_adapters`.
 
     The instruction is what a row says before its first target; without `labels`, all that the first forward of a generation sees. It
@@ -34,17 +34,18 @@ class Adapters:
         config: how they sit in it.
     """
 
+    own, what = ("adapters.", "router."), "adapters"
+
     def __init__(
         self, model: nn.Module, parts: Anatomy, sites: Mapping[str, AdapterMixture], config: AdapterConfig, embed: Instructions
     ) -> None:
-        self.model, self.anatomy, self.sites, self.config, self.embed = model, parts, dict(sites), config, embed
+        super().__init__(model, parts, sites)
+        self.config, self.embed = config, embed
         self._speaking: Variable[str] = Variable("alula_adapters_speaking", ALL)
         self._given: Variable[Tensor | None] = Variable("alula_instruction", None)
         self._pending: Variable[Tensor | None] = Variable("alula_instruction_pending", None)
         self._recorder: Variable[Recorder | None] = Variable("alula_adapters_recorder", None)
         self._kept: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._inside = {path: list(mixture.host.modules()) for path, mixture in sites.items()}
-        self._undo: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def using(self, speaking: str) -> Iterator[None]:
@@ -101,45 +102,6 @@ class Adapters:
         for path, parameter in self.parameters().items():
             parameter.requires_grad_(not only_first or ".adapters.0." in path)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of adapters and routers, by their path in the model."""
-        return {
-            f"{path}.{name}": parameter
-            for path, mixture in self.sites.items()
-            for name, parameter in mixture.named_parameters()
-            if name.startswith(("adapters.", "router."))
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that must be kept beside `config`, by layer."""
-        sites = {path: f"layers.{mixture.index}" for path, mixture in self.sites.items()}
-        own = self.parameters()
-        return {f"{sites[path]}{name[len(path) :]}": own[name].detach() for path in sites for name in own if name.startswith(f"{path}.")}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave.
-
-        Raises:
-            UserError: a tensor is missing, too many or of another shape.
-        """
-        own = self.tensors()
-        for name in sorted(own.keys() | tensors.keys()):
-            there, came = (tuple(found[name].shape) if name in found else "none" for found in (own, tensors))
-            if there != came:
-                raise UserError(f"'{name}' came with shape {came}, the model wants {there}. Attach with the options they were saved with.")
-        put(own, tensors)
-
-    def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
-        """Puts other parameters of the model (a connector trained with the adapters) in place until `detach`.
-
-        Args:
-            origin: where they come from, for the error.
-
-        Raises:
-            UserError: the model has no such parameter, or one of another shape.
-        """
-        self._undo.append(exchange(self.model, values, origin=origin))
-
     def grow_from(self, single: Mapping[str, Tensor]) -> None:
         """Makes every adapter a copy of its layer's first one in `single`; the routers stay as they are.
 
@@ -158,18 +120,6 @@ class Adapters:
         firsts = {name: tensor for name, tensor in single.items() if ".adapters.0." in name}
         sources = {name: re.sub(r"\.adapters\.\d+\.", ".adapters.0.", name) for name in own.keys() - routers.keys()}
         self.load({**routers, **firsts, **{name: firsts[source] for name, source in sources.items() if source in firsts}})
-
-    def detach(self) -> nn.Module:
-        """Puts every network back and removes the hooks: the model is what it was before `attach_adapters`.
-
-        Raises:
-            UserError: something else was attached after the adapters and is still there.
-        """
-        put_back(self.model, self.sites, inside=self._inside, what="adapters")
-        for undo in self._undo:
-            undo()
-        self._undo, self.sites = [], {}
-        return self.model
 
     def enter(self) -> None:
         """Places the hooks: one before and one after the model, one after its decoder, one tap per layer."""

@@ -1,7 +1,7 @@
 """`attach_learners` and what it gives back: the handle on a model's learners."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from alula.learners.attention import MODALITIES, AttentionMixture, joining_norm
 from alula.learners.columns import carry_columns
 from alula.learners.features import KEYWORD, Features, documents_of, num_seen, valid_tokens
 from alula.models.anatomy import Anatomy, anatomy
-from alula.models.parameters import exchange, freeze_base, put, put_back
+from alula.models.handle import Handle
+from alula.models.parameters import freeze_base
 from alula.routers.learner import LEARNER_ROUTERS
 
 
@@ -46,7 +47,7 @@ class LearnerConfig(BaseModel):
     """So many first text tokens of a row are no features: the system prompt; 14 in the official code for Qwen, 17 for Llama."""
 
 
-class Learners:
+class Learners(Handle[AttentionMixture]):
     """The learners of one model, and which of them speak. Made by `attach_learners`.
 
     Attributes:
@@ -54,11 +55,12 @@ class Learners:
         config: how they sit in it.
     """
 
+    own, what = ("learners.", "router."), "learners"
+
     def __init__(self, model: nn.Module, parts: Anatomy, sites: Mapping[str, AttentionMixture], config: LearnerConfig) -> None:
-        self.model, self.anatomy, self.sites, self.config = model, parts, dict(sites), config
+        super().__init__(model, parts, sites)
+        self.config = config
         self._speaking = Variable("alula_learners", (config.modalities, config.router != "none"))
-        self._undo: list[Callable[[], None]] = []
-        self._inside = {path: list(mixture.host.modules()) for path, mixture in sites.items()}
 
     @contextlib.contextmanager
     def using(self, *modalities: str, routed: bool = True) -> Iterator[None]:
@@ -83,65 +85,6 @@ class Learners:
         """Lets the learners of these modalities (and the router) train; changes nothing else."""
         for path, parameter in self.parameters().items():
             parameter.requires_grad_(router if ".router." in path else path.split(".learners.")[1].split(".")[0] in modalities)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of learners and routers, by their path in the model."""
-        return {
-            f"{path}.{name}": parameter
-            for path, mixture in self.sites.items()
-            for name, parameter in mixture.named_parameters()
-            if name.startswith(("learners.", "router."))
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that must be kept beside `config`, by layer."""
-        return {
-            f"layers.{mixture.index}.{name}": parameter.detach()
-            for mixture in self.sites.values()
-            for name, parameter in mixture.named_parameters()
-            if name.startswith(("learners.", "router."))
-        }
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave.
-
-        Raises:
-            UserError: a tensor is missing, too many or of another shape.
-        """
-        own = self.tensors()
-        for name in sorted(own.keys() ^ tensors.keys()):
-            where = "is missing" if name in own else "fits nothing"
-            raise UserError(f"'{name}' {where}: the learners were saved with other options. Attach with the options they have.")
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise UserError(
-                    f"'{name}' has shape {tuple(tensors[name].shape)}, the model wants {tuple(tensor.shape)}. "
-                    "Attach to the model, and with the rank, they were made for."
-                )
-        put(own, tensors)
-
-    def exchange(self, values: Mapping[str, Tensor], *, origin: str) -> None:
-        """Puts other parameters of the model (a connector trained with the learners) in place until `detach`.
-
-        Args:
-            origin: where they come from, for the error.
-
-        Raises:
-            UserError: the model has no such parameter, or one of another shape.
-        """
-        self._undo.append(exchange(self.model, values, origin=origin))
-
-    def detach(self) -> nn.Module:
-        """Puts every attention back and removes the hooks: the model is what it was before `attach_learners`.
-
-        Raises:
-            UserError: something else was attached after the learners and is still there.
-        """
-        put_back(self.model, self.sites, inside=self._inside, what="learners")
-        for undo in self._undo:
-            undo()
-        self._undo, self.sites = [], {}
-        return self.model
 
     def enter(self) -> None:
         """Places the hooks: one before the model, one per layer that hands on its input, one per late norm."""

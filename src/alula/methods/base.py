@@ -34,12 +34,14 @@ class Arm:
         around: makes the context for one batch inside it: where a decision is taken on the prompt alone.
         is_settled: a task's score cannot change once it was learnt (and is the base model's before), so it is not
             measured again.
+        is_routed: routers decide who speaks, so there is a routing to look at.
     """
 
     name: str
     enter: Callable[[Task], AbstractContextManager[None]]
     around: Callable[[dict[str, Tensor]], AbstractContextManager[None]] = lambda batch: contextlib.nullcontext()
     is_settled: bool = False
+    is_routed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,8 @@ class Routed(Method):
         if name == UNIFORM:
             return Arm(name=name, enter=lambda task: self.mixtures.using(self._uniform()))
         routing = ROUTINGS[name]
-        return Arm(name=name, enter=lambda task: self.mixtures.using(routing), around=self.mixtures.director.on_prompts)
+        around = self.mixtures.director.on_prompts
+        return Arm(name=name, enter=lambda task: self.mixtures.using(routing), around=around, is_routed=True)
 
     def _oracle(self, task: Task) -> Routing:
         return Routing(fixed={task.name: 1.0} if task.name in self.mixtures.names else {})

@@ -13,7 +13,7 @@ from alula.errors import UserError
 from alula.files import read_tensors, write_json, write_tensors
 from alula.models import base_fingerprint
 from alula.models.loading import values_fingerprint
-from alula.peft_format import few, header
+from alula.peft_format import check_shapes, few, header
 from alula.pool.expert_files import digests
 from alula.pool.manifest import Base, Digest, FileName, inside, read_small_json
 from alula.pool.trust import check_files, largest_file
@@ -86,7 +86,7 @@ def load_adapters(model: nn.Module, folder: Path | str, *, tokenizer: Any = None
 
     Raises:
         UserError: no adapters there, a half-written or damaged folder, another base model, files larger than the model, or a
-            configuration that asks for more than they hold.
+            configuration that asks for other tensors than they hold.
     """
     home = Path(folder)
     manifest = _read_manifest(home)
@@ -94,8 +94,8 @@ def load_adapters(model: nn.Module, folder: Path | str, *, tokenizer: Any = None
         inside(home / file, root=home)
     check_files(home, manifest.files, largest=largest_file(model))
     _check_base(model, manifest.base, home)
-    _check_widths(manifest.config, home / TENSORS)
     config = manifest.config.model_copy(update={"instruction": instruction}) if instruction else manifest.config
+    _check_shapes(model, config, home / TENSORS, tokenizer=tokenizer)
     adapters = attach_adapters(model, config=config, tokenizer=tokenizer)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
@@ -134,18 +134,29 @@ def _check_base(model: nn.Module, base: Base, home: Path) -> None:
         )
 
 
-def _check_widths(config: AdapterConfig, path: Path) -> None:
-    """Refuses a configuration that asks for other sizes than the file has: they are allocated before it is read."""
-    shapes = header(path)
+def _check_shapes(model: nn.Module, config: AdapterConfig, path: Path, *, tokenizer: Any) -> None:
+    """Refuses a configuration that asks for other tensors than the file has: they are allocated before it is read.
+
+    Two adapters of width 1 cost next to nothing and have every kind of name; only the sizes that the configuration names differ.
+    """
+    narrow = {"num_experts": min(config.num_experts, 2), "bottleneck": 1, "hidden_dim": 1}
+    adapters = attach_adapters(model, config=config.model_copy(update=narrow), tokenizer=tokenizer)
+    kinds = {name: _widened(name, list(tensor.shape), config) for name, tensor in adapters.tensors().items() if ".adapters.1." not in name}
+    adapters.detach()
+    of_one = sum(".adapters.0." in name for name in kinds)
+    count = min(config.num_experts, len(header(path)) // of_one + 1)  # one more than the file can hold shows that too many are asked for
+    asked = {name.replace(".adapters.0.", f".adapters.{number}."): shape for number in range(count) for name, shape in kinds.items()}
+    check_shapes(path, asked, config=MANIFEST)
+
+
+def _widened(name: str, shape: list[int], config: AdapterConfig) -> list[int]:
     sizes = {
-        "num_experts": {len({name.split(".adapters.")[1].split(".")[0] for name in shapes if ".adapters." in name})},
-        "bottleneck": {(shape or [0])[0] for name, shape in shapes.items() if name.endswith(".down.weight")},
-        "hidden_dim": {(shape or [0])[0] for name, shape in shapes.items() if name.endswith(".router.mlp.0.weight")} or {config.hidden_dim},
+        "down.weight": (config.bottleneck, None),
+        "up.weight": (None, config.bottleneck),
+        "mlp.0.weight": (config.hidden_dim, None),
+        "mlp.0.bias": (config.hidden_dim,),
+        "mlp.2.weight": (config.num_experts, config.hidden_dim),
+        "mlp.2.bias": (config.num_experts,),
     }
-    for name, found in sizes.items():
-        if found != {asked := getattr(config, name)}:
-            there = few([str(size) for size in sorted(found)]) or "none"
-            raise UserError(
-                f"{path.with_name(MANIFEST)} asks for {name} {asked:,}, but {path.name} holds {there}. "
-                "Do not use these adapters, or copy the folder again."
-            )
+    asked = next((found for end, found in sizes.items() if name.endswith(end)), (None,))  # None: as wide as it is
+    return [new or old for new, old in zip(asked, shape, strict=True)]

@@ -72,11 +72,15 @@ class Entry(_Strict):
 
 
 class Manifest(_Strict):
-    """A pool."""
+    """A pool.
+
+    Attributes:
+        linears: names, no regular expression: matching one by a stranger can take for ever.
+    """
 
     format: int
     base: Base
-    linears: list[Line] | Line | None = None
+    linears: list[Line] | None = None
     layers: list[int] | None = None
     arm: Line
     experts: list[Entry]

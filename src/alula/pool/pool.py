@@ -58,6 +58,7 @@ class Pool:
 
         Args:
             fingerprint, values: the base model's `base_fingerprint` and `values_fingerprint`, if the model is no longer what it was.
+            linears, layers: as `attach` was given them; a regular expression is kept as the names that it found.
             arm: how its experts are chosen, one of `ROUTINGS`.
 
         Raises:
@@ -72,6 +73,8 @@ class Pool:
             about_base: dict[str, Any] = {"name": base, "fingerprint": fingerprint, "values": values}
             if isinstance(mixtures, Mixtures):
                 about_base["files"] = digests(home / BASE, write_router(mixtures, BASE, home / BASE / ROUTER))
+            if isinstance(linears, str):
+                linears = sorted({path.rpartition(".")[2] for path in mixtures.sites})
             manifest = {"format": FORMAT, "base": about_base, "linears": linears, "layers": layers, "arm": arm, "experts": []}
             write_json(home / MANIFEST, manifest)
             return cls(home, read_manifest(home))

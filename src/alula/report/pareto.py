@@ -192,20 +192,22 @@ def seats(spots: Sequence[Spot], place: Callable[[float, float], tuple[float, fl
     drawn = [box for spot in spots for box in _boxes(spot, place)]
     taken: list[Box] = []
     for spot in spots:
-        x, y = place(spot.x, spot.y)
-        turns = [(math.cos(angle), math.sin(angle)) for angle in (math.tau * turn / 16 for turn in range(16))]
-        tried = [(x, y), *((x + away * dx, y + away * dy) for away in DISTANCES for dx, dy in turns)]
-        boxes = [(a - RADIUS, b - RADIUS, a + RADIUS, b + RADIUS) for a, b in tried]
-        inside = [
-            box for box in boxes if box[0] >= LEFT - RADIUS and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM + RADIUS
-        ]
-
-        def cost(box: Box, at: tuple[float, float] = (x, y)) -> tuple[float, int, float]:
-            away = math.dist(at, _middle(box))
-            return sum(_overlap(box, other) for other in taken), round(away), sum(_overlap(box, other) for other in drawn)
-
-        taken.append(min(inside or boxes, key=cost))
+        taken.append(_seat(place(spot.x, spot.y), taken=taken, drawn=drawn))
     return taken
+
+
+def _seat(at: tuple[float, float], *, taken: Sequence[Box], drawn: Sequence[Box]) -> Box:
+    x, y = at
+    turns = [(math.cos(angle), math.sin(angle)) for angle in (math.tau * turn / 16 for turn in range(16))]
+    tried = [at, *((x + away * dx, y + away * dy) for away in DISTANCES for dx, dy in turns)]
+    boxes = [(a - RADIUS, b - RADIUS, a + RADIUS, b + RADIUS) for a, b in tried]
+    inside = [box for box in boxes if box[0] >= LEFT - RADIUS and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM + RADIUS]
+
+    def cost(box: Box) -> tuple[float, int, float]:
+        away = math.dist(at, _middle(box))
+        return sum(_overlap(box, other) for other in taken), round(away), sum(_overlap(box, other) for other in drawn)
+
+    return min(inside or boxes, key=cost)
 
 
 def _boxes(spot: Spot, place: Callable[[float, float], tuple[float, float]]) -> list[Box]:

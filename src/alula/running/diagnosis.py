@@ -14,14 +14,9 @@ from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.files import read_jsonl, write_json
 from alula.methods import Arm, Method
-from alula.methods.additions.o_lora import SUM
-from alula.methods.routed import ORACLE, UNIFORM
 from alula.mixture import Mixtures
 from alula.routers import GateRouter
 from alula.running.shares import keep_shares
-
-UNROUTED = ("default", ORACLE, UNIFORM, SUM)
-"""Arms in which no router decides: there is no routing to look at."""
 
 SAMPLES = 24
 """Test samples per task that the router's statistics are taken from."""
@@ -90,7 +85,7 @@ def diagnose(method: Method, model: nn.Module, collator: Collator, stream: Strea
     """Writes ``routing.json`` and ``examples.json``, and ``shares.json`` of MoME's mixtures; a method without routers has none."""
     keep_shares(method, model, collator, stream, folder=folder)
     mixtures = getattr(method, "mixtures", None)
-    arms = [arm for arm in method.arms() if arm.name not in UNROUTED]
+    arms = [arm for arm in method.arms() if arm.is_routed]
     if not isinstance(mixtures, Mixtures) or not arms:
         return
     model.eval()

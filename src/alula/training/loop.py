@@ -94,6 +94,8 @@ class Trainer:
             recompute_activations(model)
         self.log = LossLog(folder / "losses.jsonl" if folder is not None and self.accelerator.is_main_process else None)
         self.archive = Archive(folder, model=model, method=method, accelerator=self.accelerator, log=self.log)
+        self.recipe: dict[str, Any] = {}
+        self.cost, self.clock = Cost(task=""), 0.0  # of the task that is learnt
         self._tracked: dict[str, float] = {}
 
     def track(self, values: dict[str, float]) -> None:

@@ -13,11 +13,10 @@ from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks.drawing import encode
 from alula.data.tasks.grid_scene import Sprites, draw_scene, read_sprites
-from alula.data.tasks.selection import generator
+from alula.data.tasks.selection import draw_splits
 from alula.data.tasks.table import INFO, TASKS, TaskInfo
 
 NAME = "referring"
-SIZES = {"train": 3000, "test": 500}
 CELLS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 INFO.register(NAME)(
     TaskInfo(
@@ -77,11 +76,7 @@ class Layout(NamedTuple):
 @TASKS.register(NAME)
 def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
     """Scenes drawn anew for each seed; all sprites of a scene are one vendor's."""
-    splits = {}
-    for split, size in (("train", train_size), ("test", test_size)):
-        sprites = read_sprites(split)
-        count = SIZES[split] if size is None else min(size, SIZES[split])
-        splits[split] = [_sample(sprites, split, index, generator(NAME, split, seed, index)) for index in range(count)]
+    splits = draw_splits(NAME, read_sprites, _sample, train_size=train_size, test_size=test_size, seed=seed)
     longest = max((len(sample.answer) for sample in splits["train"] + splits["test"]), default=0)
     return Task(
         name=NAME,

@@ -6,11 +6,10 @@ from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks.drawing import encode
 from alula.data.tasks.grid_scene import Sprites, draw_scene, read_sprites
-from alula.data.tasks.selection import answer_tokens, generator
+from alula.data.tasks.selection import answer_tokens, draw_splits
 from alula.data.tasks.table import INFO, TASKS, TaskInfo
 
 NAME = "scenes"
-SIZES = {"train": 3000, "test": 500}
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 INFO.register(NAME)(
     TaskInfo(
@@ -26,11 +25,7 @@ INFO.register(NAME)(
 @TASKS.register(NAME)
 def build(*, train_size: int | None, test_size: int | None, seed: int) -> Task:
     """Scenes drawn anew for each seed; all sprites of a scene are one vendor's."""
-    splits = {}
-    for split, size in (("train", train_size), ("test", test_size)):
-        sprites = read_sprites(split)
-        count = SIZES[split] if size is None else min(size, SIZES[split])
-        splits[split] = [_sample(sprites, split, index, generator(NAME, split, seed, index)) for index in range(count)]
+    splits = draw_splits(NAME, read_sprites, _sample, train_size=train_size, test_size=test_size, seed=seed)
     tokens = answer_tokens(splits["train"] + splits["test"])
     return Task(name=NAME, train=splits["train"], test=splits["test"], max_new_tokens=tokens, description=str(INFO[NAME]))
 

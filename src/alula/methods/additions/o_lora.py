@@ -12,8 +12,6 @@ from alula.methods.additions.base import ADDITIONS, Addition
 from alula.methods.base import Arm, Method, Stage
 from alula.mixture import Mixtures
 
-SUM = "sum"
-
 
 @ADDITIONS.register("o_lora")
 class OLoRA(Addition):
@@ -65,7 +63,7 @@ class OLoRA(Addition):
 
     def arms(self, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
         """The method's, and all experts at once."""
-        return (*arms, Arm(name=SUM, enter=lambda task: self.mixtures.using(self._all())))
+        return (*arms, Arm(name="sum", enter=lambda task: self.mixtures.using(self._all())))
 
     def _all(self) -> Routing:
         return Routing(fixed=dict.fromkeys(self.mixtures.names, 1.0))
