@@ -18,6 +18,7 @@ from alula.models.encoders import VitEncoder
 from alula.models.patch_predictor import PatchPredictor
 from alula.objectives.aim import aim_loss, patches_of, prefix_causal_mask
 from alula.running.pretrain import pretrain
+from alula.running.pretrain_recipe import read_pretraining
 from alula.training import TrainSettings
 
 TINY = {"name": "vit", "image_size": 32, "patch_size": 8, "dim": 12, "num_layers": 2}
@@ -146,3 +147,35 @@ def test_the_command_line_trains_on_the_built_in_images(tmp_path):
     about = read_json(tmp_path / "encoder.json")
     assert (about["encoder"]["dim"], about["encoder"]["image_size"], about["train_samples"]) == (8, 64, 32)
     assert f"{about['probes']['animals']['after']['score']:.3f}" in result.output and "8 test images" in result.output
+    near = about["probes"]["animals"]["after"]["neighbours"]
+    assert near["num_queries"] == 8 and f"recall@1 {near['recall']['1']:.3f}" in result.output
+
+
+@pytest.mark.parametrize("objective", ["clip", "aim"])
+def test_the_recipes_of_pretraining_say_what_the_objectives_do_by_default(objective):
+    assert read_pretraining(f"recipes/pretraining/{objective}.yaml", {}) == read_pretraining(objective, {})
+
+
+def test_what_is_typed_goes_over_a_recipe_of_pretraining(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("objective: aim\nencoder: {dim: 96}\ntask: animals\ntrain: {steps: 7}\n")
+    recipe = read_pretraining(str(path), {"encoder": {"num_layers": 2}, "train": {"batch_size": 8}, "captions": 0.0})
+    assert (recipe.encoder["dim"], recipe.encoder["num_layers"], recipe.encoder["image_size"]) == (96, 2, 64)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.weight_decay) == (7, 8, 0.05)
+    assert recipe.task.name == "animals" and recipe.captions == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("objective: mae\n", "the objective is 'mae'. Known: clip, aim"),
+        ("objective: clip\ncaption: 0.2\n", "unknown key 'caption'. .*captions"),
+        ("objective: clip\nencoder: [vit]\n", "'encoder' is .* a mapping is wanted"),
+        ("objective: clip\ntrain: {step: 4}\n", "unknown key 'step'. .*steps"),
+    ],
+)
+def test_a_wrong_recipe_of_pretraining_is_told(text, says, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_pretraining(str(path), {})

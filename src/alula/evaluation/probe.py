@@ -1,4 +1,4 @@
-"""What frozen features know: a linear probe of classes, and retrieval between images and texts. It knows no model.
+"""What frozen features know: a linear probe of classes, retrieval between images and texts and among images. It knows no model.
 
 Every result carries how many samples it is from.
 """
@@ -49,6 +49,15 @@ class Retrieved:
     text_to_image: dict[int, float]
     num_images: int
     num_texts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """How often an image of the same class is among the nearest; keys are how many of them are looked at."""
+
+    recall: dict[int, float]
+    num_queries: int
+    num_searched: int
 
 
 @torch.no_grad()
@@ -144,6 +153,27 @@ def retrieve(
         num_images=len(images),
         num_texts=len(names),
     )
+
+
+@torch.no_grad()
+def neighbours(
+    searched: Features,
+    searched_classes: Sequence[Hashable],
+    queries: Features,
+    query_classes: Sequence[Hashable],
+    *,
+    at: Sequence[int] = (1, 5),
+) -> Neighbours:
+    """Retrieval of images by images: for encoders without text. By cosine; nothing is learnt.
+
+    Example:
+        >>> neighbours(torch.eye(2), ["cat", "dog"], torch.eye(2), ["cat", "cat"]).recall
+        {1: 0.5, 5: 1.0}
+    """
+    scores = functional.normalize(queries.double(), dim=1) @ functional.normalize(searched.double(), dim=1).T
+    known = list(searched_classes)
+    is_own = torch.tensor([[own == name for name in known] for own in query_classes])
+    return Neighbours(recall=_recall(scores, is_own, at), num_queries=len(queries), num_searched=len(searched))
 
 
 def _recall(scores: Float[Tensor, "queries found"], is_own: Bool[Tensor, "queries found"], at: Sequence[int]) -> dict[int, float]:

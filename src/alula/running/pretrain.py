@@ -17,7 +17,7 @@ from alula.data.image_collate import PairCollator, Pixels, PrefixCollator
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
 from alula.errors import UserError
-from alula.evaluation.probe import linear_probe, retrieve
+from alula.evaluation.probe import linear_probe, neighbours, retrieve
 from alula.files import read_jsonl, sha256, write_json, write_tensors
 from alula.methods.aim import Aim
 from alula.methods.base import Method
@@ -163,7 +163,7 @@ def _embedded(
 
 
 def _probed(encoder: Encoder, pixels: Pixels, probes: Sequence[Task]) -> dict[str, dict]:
-    """The linear probe of the mean of the encoder's patches, for each task."""
+    """The linear probe of the mean of the encoder's patches, for each task, and which training images are nearest to a test image."""
     device = next(encoder.parameters()).device
     was_training = encoder.training
     encoder.eval()
@@ -171,7 +171,8 @@ def _probed(encoder: Encoder, pixels: Pixels, probes: Sequence[Task]) -> dict[st
     for task in probes:
         rows = [_embedded(samples, pixels, lambda images: encoder(images).mean(1), device) for samples in (task.train, task.test)]
         classes = [[sample.answer for sample in samples] for samples in (task.train, task.test)]
-        found[task.name] = asdict(linear_probe(rows[0], classes[0], rows[1], classes[1]))
+        measured = (rows[0], classes[0], rows[1], classes[1])
+        found[task.name] = {**asdict(linear_probe(*measured)), "neighbours": asdict(neighbours(*measured))}
     encoder.train(was_training)
     return found
 
