@@ -13,7 +13,7 @@ from PIL.Image import Image
 from alula.data.collate import Collator
 from alula.data.interleaved.embedding import Embed
 from alula.data.interleaved.retrieval import nearest_texts
-from alula.data.rendering import TEXT, is_prose
+from alula.data.rendering import TEXT, is_plain, is_prose
 from alula.data.sample import PLACEHOLDER, ImageSource, Message, Sample
 from alula.data.stream import Task
 from alula.data.tasks.selection import generator
@@ -152,14 +152,24 @@ def rescore(found: FewShot, predictions: Sequence[Prediction]) -> list[Predictio
     return done
 
 
+def asks(task: Task) -> bool:
+    """Whether its samples ask something: running text and documents do not."""
+    return not any(is_plain(sample) for sample in task.test[:1])
+
+
 def _check(task: Task, *, shots: int, by: str, form: str) -> None:
     if shots < 0:
         raise UserError(f"{shots} shots came. A number from 0 up is accepted; published are 0, 4, 8 and 16.")
     for word, known, what in ((by, WAYS, "way to choose shots"), (form, FORMS, "form of prompts")):
         if word not in known:
             raise UserError(f"Unknown {what} '{word}'. {nearest(word, known)}")
-    if task.scoring == "bits_per_byte":
+    if not asks(task):
         raise UserError(f"Task '{task.name}' is running text, which asks nothing. Few-shot evaluation wants questions: take another task.")
+    if task.scoring == "bits_per_byte" and form == CHAT:
+        raise UserError(
+            f"Task '{task.name}' is scored in bits per byte of its answers, and in form '{CHAT}' the shots' answers would count, too. "
+            f"Choose form {' or '.join(repr(one) for one in PROMPTS)}."
+        )
 
 
 def _key(sample: Sample) -> Key:

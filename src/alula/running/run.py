@@ -69,7 +69,7 @@ def run_recipe(
         todo = [cell for cell, over in zip(cells, is_done, strict=True) if not over]
         if launcher is None:
             return run_here(recipe, todo, stream, progress=progress, say=say, fail_fast=fail_fast, team=team)
-        names = scored_names(stream, recipe.evaluation.shots)
+        names = scored_names(stream, recipe.evaluation.shots, form=recipe.evaluation.shots_as)
         return dispatch(todo, launcher, has_base=lambda: not recipe.evaluation.base_row or has_base(folder, names), say=say)
 
 

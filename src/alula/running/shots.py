@@ -8,7 +8,7 @@ from torch import nn
 
 from alula.data.collate import Collator
 from alula.data.stream import Stream, Task
-from alula.evaluation.few_shot import CHAT, Budget, FewShot, context_of, few_shot
+from alula.evaluation.few_shot import CHAT, Budget, FewShot, asks, context_of, few_shot
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def shot_name(task: str, shots: int) -> str:
     return f"{shot_family(shots)}_{task}"
 
 
-def scored_names(stream: Stream, shots: Iterable[int]) -> list[str]:
+def scored_names(stream: Stream, shots: Iterable[int], *, form: str = CHAT) -> list[str]:
     """The names of all that a run scores."""
     tasks = (*stream.tasks, *stream.base_tasks)
-    return [*(task.name for task in tasks), *(shot_name(task.name, count) for count in shots for task in tasks if _asks(task))]
+    return [*(task.name for task in tasks), *(shot_name(task.name, count) for count in shots for task in tasks if _asked(task, form))]
 
 
 def ask_with_shots(stream: Stream, model: nn.Module, collator: Collator, *, shots: Sequence[int], form: str = CHAT) -> dict[str, Asked]:
@@ -70,7 +70,7 @@ def ask_with_shots(stream: Stream, model: nn.Module, collator: Collator, *, shot
     """
     found: dict[str, Asked] = {}
     context = context_of(model, collator) if shots else None
-    for task in filter(_asks, (*stream.tasks, *stream.base_tasks)):
+    for task in (task for task in (*stream.tasks, *stream.base_tasks) if _asked(task, form)):
         budget = Budget(collator, context=context) if context else None  # one a task: it knows images by their samples' ids
         for count in shots:
             made = few_shot(task, shots=count, form=form, budget=budget)
@@ -82,6 +82,6 @@ def ask_with_shots(stream: Stream, model: nn.Module, collator: Collator, *, shot
     return found
 
 
-def _asks(task: Task) -> bool:
-    """Running text asks nothing."""
-    return task.scoring != "bits_per_byte" and len(task.test) > 0
+def _asked(task: Task, form: str) -> bool:
+    """Whether shots can be put before its samples: it asks something, and its score is of the last answer alone."""
+    return len(task.test) > 0 and asks(task) and (form != CHAT or task.scoring != "bits_per_byte")
