@@ -52,7 +52,7 @@ def whole_table(rows: list[Row]) -> list[str]:
             high = f"{peak[form] / peak['PEFT LoRA']:.2f}" if peak.get(form) and peak.get("PEFT LoRA") else "–"
             if beaten and form == "PEFT Arrow" and peak.get(form) and peak.get("ours"):
                 high += f"; ours / its {bar(peak['ours'] / peak[form], 0.5)}"
-            last = bar(theirs, 2.5, at_least=True) if beaten else f"{theirs:.2f}"
+            last = bar(theirs, 2.5, at_least=True, least=ratio / row["least"]) if beaten else f"{theirs:.2f}"
             cells = (row["model"], str(row["experts"]), form, first, f"{forward[form] / forward['PEFT LoRA']:.2f}", kept, high, last)
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -35,15 +35,15 @@ ALL_PEERS = ("512 wide", "2048 wide, short", "tiny")
 """Where every peer is measured: those that write each expert's output for each token need 20 GB and more elsewhere."""
 
 
-def seconds_of(runs: dict[str, Callable[[], Any]], *, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each run; they take turns, and every other repeat backwards."""
+def seconds_of(runs: dict[str, Callable[[], float | None]], *, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each run, or of what it says itself; they take turns, and every other repeat backwards."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name in list(runs) if repeat % 2 else list(runs)[::-1]:
             started = clock()
-            runs[name]()
+            own = runs[name]()
             if repeat:  # the first is warm-up
-                found[name].append(clock() - started)
+                found[name].append(clock() - started if own is None else own)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -201,7 +201,7 @@ def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> l
                 continue  # it would write every expert's output for every token of the prompt
             with quiet():
                 call = make(copy.deepcopy(model), experts=experts, rank=options.rank, slots=min(2, experts))
-            runs[form] = lambda call=call: answer(call, prompt, tokens=options.tokens)
+            runs[form] = lambda call=call: answer(call, prompt, tokens=options.tokens, clock=options.clock)
         with quiet(), torch.no_grad():
             seconds = seconds_of(runs, repeats=options.repeats, clock=options.clock)
         row: Row = {"model": name, "experts": experts, "decode": {form: taken / options.tokens for form, taken in seconds.items()}}
@@ -217,14 +217,15 @@ def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> l
     return rows
 
 
-def answer(call: Callable[..., Any], prompt: dict[str, Tensor], *, tokens: int) -> None:
-    """A prompt of a few tokens, and `tokens` further ones from the cache."""
+def answer(call: Callable[..., Any], prompt: dict[str, Tensor], *, tokens: int, clock: Callable[[], float]) -> float:
+    """The seconds of `tokens` tokens from the cache, after a prompt of a few."""
     out = call(**prompt, use_cache=True)
-    mask = prompt["attention_mask"]
+    mask, started = prompt["attention_mask"], clock()
     for _ in range(tokens):
         mask = torch.cat([mask, mask[:, :1]], dim=1)
         token = out.logits[:, -1:].argmax(dim=-1)
         out = call(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+    return clock() - started
 
 
 def read_options() -> argparse.Namespace:

@@ -44,6 +44,23 @@ class MoELoRALoop(nn.Module):
         return out
 
 
+class TwoProducts(nn.Module):
+    """``W x + b + 2 B A x`` and nothing else: what one expert costs in eager torch at least. For one token without gradients."""
+
+    def __init__(self, host: nn.Linear, *, rank: int) -> None:
+        super().__init__()
+        self.host = host
+        self.plain = (host.weight, host.bias, torch.randn(rank, host.in_features) / 10, torch.randn(host.out_features, rank) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The host alone for a prompt, both for a token."""
+        weight, bias, down, up = self.plain
+        out = nn.functional.linear(x, weight, bias)
+        if x.numel() == x.shape[-1]:
+            out.view(-1).addmv_(up, torch.mv(down, x.view(-1)), alpha=2.0)
+        return out
+
+
 class OneTask(nn.Module):
     """Poly asks each sample's task."""
 
@@ -136,12 +153,23 @@ def peft_poly(model: nn.Module, *, experts: int, rank: int, slots: int, **sizes:
 
 def coin_loop(model: nn.Module, *, experts: int, rank: int, slots: int, **sizes: int) -> Call:
     """CoIN's experts share the rank that is active elsewhere."""
+    in_place_of_linears(model, lambda host: MoELoRALoop(host, experts=experts, rank=max(1, rank * slots // experts)))
+    speaking(model)
+    return train_adapters(model, ".A.", ".B.", ".gate.")
+
+
+def two_products(model: nn.Module, *, rank: int, **sizes: int) -> Call:
+    """No router, no pool, no choice: the floor below every told expert."""
+    return in_place_of_linears(model, lambda host: TwoProducts(host, rank=rank))
+
+
+def in_place_of_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The frozen model with something else in place of the decoder's linears."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "visual" not in name and name.rpartition(".")[2] in LINEARS:
-            model.set_submodule(name, MoELoRALoop(module, experts=experts, rank=max(1, rank * slots // experts)))
-    speaking(model)
-    return train_adapters(model, ".A.", ".B.", ".gate.")
+            model.set_submodule(name, make(module))
+    return model
 
 
 def mixtures_on(model: nn.Module, *, experts: int, rank: int, routers: tuple[str, ...]) -> Mixtures:
@@ -194,6 +222,7 @@ WHOLE: dict[str, Callable[..., Call]] = {
 }
 DECODING: dict[str, Callable[..., Call]] = {
     "frozen base": frozen_base,
+    "two products alone": two_products,
     "PEFT LoRA": peft_lora,
     "PEFT Arrow": peft_arrow,
     "ours, expert told": ours_decoding("told"),
