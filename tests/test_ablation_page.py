@@ -1,5 +1,6 @@
 """Effects that a hand can check, on the same test samples only, with intervals that chance alone rarely leaves zero out of."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,15 @@ def test_an_effect_is_the_mean_of_the_level_minus_the_grand_mean():
     assert fit.effects("first") @ y == pytest.approx([12 - 18, 24 - 18])
     assert fit.effects("second") @ y == pytest.approx([15 - 18, 21 - 18])
     assert fit.means("first") @ y == pytest.approx([12, 24])
-    assert fit.interactions()[("first", "a"), ("second", "x")] @ y == pytest.approx(10 - (18 - 6 - 3))
+    assert fit.interactions()[((("first", "a"), ("second", "x")),)] @ y == pytest.approx(10 - (18 - 6 - 3))
+
+
+def test_interactions_that_a_half_design_cannot_tell_apart_are_one():
+    factors = {name: ["-", "+"] for name in "abcd"}
+    points = [dict(zip("abcd", signs, strict=True)) for signs in product("-+", repeat=4) if signs.count("-") % 2 == 0]
+    found = Additive(points, factors).interactions()
+    assert len(found) == 12 and all(len(either) == 2 for either in found)  # 24 pairs of levels
+    assert ((("a", "-"), ("b", "-")), (("c", "-"), ("d", "-"))) in found
 
 
 def test_where_a_point_is_missing_no_factor_takes_the_effect_of_another():
@@ -233,7 +242,7 @@ def test_the_effects_of_a_folder_are_those_of_its_scores(tmp_path):
     interval = first.effects[1].interval
     assert interval.low < 21 < interval.high
     assert interval.half_width == pytest.approx(1.96 * 100 * np.sqrt(0.42 * 0.58 / 100) / 2, rel=0.15)  # 42 of 100 samples differ
-    beyond = {tuple(level for _, level in one.levels): round(one.value, 6) for one in outcome.interactions}
+    beyond = {tuple(level for _, level in levels): round(one.value, 6) for one in outcome.interactions for levels in one.either}
     assert beyond == {("a", "x"): 1.0, ("a", "y"): -1.0, ("b", "x"): -1.0, ("b", "y"): 1.0}
     lines = said(ablation, [outcome])
     assert lines[0] == "The t depends most on first."

@@ -6,7 +6,7 @@ Source: Box, Hunter & Hunter 2005, Statistics for Experimenters, chapter 5 (main
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from alula.evaluation.bootstrap import Interval, percentile_interval
 
 Levels = Mapping[str, str]
+Together = tuple[tuple[str, str], tuple[str, str]]
+"""Two factors, a level of each."""
 
 
 class Additive:
@@ -58,18 +60,30 @@ class Additive:
         places = self._places(factor, self.points).T
         return places / places.sum(1, keepdims=True)
 
-    def interactions(self) -> dict[tuple[tuple[str, str], tuple[str, str]], Float[np.ndarray, " points"]]:
-        """For each two levels of two factors what gives their mean beyond the sum of the effects; empty where nothing is left over."""
+    def interactions(self) -> dict[tuple[Together, ...], Float[np.ndarray, " points"]]:
+        """For each two levels of two factors what gives their mean beyond the sum of the effects; empty where nothing is left over.
+
+        Where the points give the same for levels of other factors, as in half designs, both are one entry: nothing tells them apart.
+        """
         if np.allclose(self.left, 0):
             return {}
-        found = {}
+        alike: dict[bytes, dict[tuple[str, str], list[Together]]] = {}
         for one, two in combinations(self.factors, 2):
             for first in self.factors[one]:
                 for second in self.factors[two]:
-                    both = [point[one] == first and point[two] == second for point in self.points]
-                    if any(both) and not np.allclose(given := self.left[both].mean(0), 0):
-                        found[(one, first), (two, second)] = given
-        return found
+                    given = self._beyond((one, first), (two, second))
+                    if given is not None:
+                        key = (np.round(given, 9) + 0.0).tobytes()  # minus zero is zero
+                        alike.setdefault(key, {}).setdefault((one, two), []).append(((one, first), (two, second)))
+        entries = [entry for found in alike.values() for entry in zip_longest(*found.values())]
+        told = [tuple(levels for levels in entry if levels is not None) for entry in entries]
+        return {entry: given for entry in told if (given := self._beyond(*entry[0])) is not None}
+
+    def _beyond(self, first: tuple[str, str], second: tuple[str, str]) -> Float[np.ndarray, " points"] | None:
+        both = [all(point[factor] == level for factor, level in (first, second)) for point in self.points]
+        if not any(both) or np.allclose(given := self.left[both].mean(0), 0):
+            return None
+        return given
 
     def _places(self, factor: str, points: Sequence[Levels]) -> Float[np.ndarray, "points levels"]:
         return np.array([[float(point[factor] == level) for level in self.factors[factor]] for point in points])

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from alula.evaluation.bootstrap import Interval
 from alula.report.columns import family_of
-from alula.report.effects import Additive, draw_starts, freedom_of, hold_together
+from alula.report.effects import Additive, Together, draw_starts, freedom_of, hold_together
 from alula.report.format import show_interval
 from alula.report.grid_folder import Ablation
 from alula.report.same_samples import SameSamples
@@ -66,14 +66,14 @@ class Factor:
 
 @dataclass(frozen=True, kw_only=True)
 class Interaction(Estimate):
-    """What two levels together have beyond the sum of their effects."""
+    """What two levels together have beyond the sum of their effects; in a half design it may be of other two levels as well."""
 
-    levels: tuple[tuple[str, str], tuple[str, str]]
+    either: tuple[Together, ...]
 
     @property
     def name(self) -> str:
         """Both levels with their factors."""
-        return " with ".join(f"{factor} {level}" for factor, level in self.levels)
+        return ", or ".join(" with ".join(f"{factor} {level}" for factor, level in levels) for levels in self.either)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,7 +151,7 @@ def _outcome(ablation: Ablation, name: str, columns: Sequence[str], *, is_asked:
     pairs = fit.interactions()
     beyond = np.array(list(pairs.values())) if pairs else np.zeros((0, len(points)))
     held = hold_together(beyond @ y, beyond @ draws) if pairs else []
-    together = [Interaction(levels=one, value=float(value), interval=own) for one, value, own in zip(pairs, beyond @ y, held, strict=True)]
+    together = [Interaction(either=one, value=float(value), interval=own) for one, value, own in zip(pairs, beyond @ y, held, strict=True)]
     return Outcome(
         name=name,
         unit="thousandths of a bit per byte" if is_bits else "points",
