@@ -24,6 +24,7 @@ from alula.evaluation.generation import Around, Batch, BatchMaker, on_device, un
 from alula.learners.columns import KEYWORD, WIDTH, carrying_columns
 from alula.mixture.prefix import LearntPrefix
 from alula.models.anatomy import Anatomy, anatomy, base_model
+from alula.models.logits import keeping
 
 SEGMENTS = ("before", "itself", "between", "after")
 """Of the keys: text before the first image token, image tokens, other tokens among them, text after the last one."""
@@ -185,8 +186,7 @@ def attention_shares(model: nn.Module, batch: Batch) -> Float[Tensor, "batch lay
     parts, valid = anatomy(model), _valid(batch)
     columns = segments(parts.image_mask(batch["input_ids"]), valid).float()
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
-        inputs["logits_to_keep"] = 1  # nobody reads the logits
+    inputs |= keeping(model, 1)  # nobody reads the logits
     found: dict[int, Tensor] = {}
     was_training = model.training
     hosts = {index: _host(model, parts, index) for index in measured_layers(model, parts)}
