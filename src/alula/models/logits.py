@@ -11,8 +11,8 @@ from alula.models.anatomy import base_model
 def keeping(model: nn.Module, number: int | Tensor) -> dict[str, int | Tensor]:
     """The keyword by which `model` leaves out all logits but those of the last `number` tokens (0: none); empty where it cannot.
 
-    On the CPU the tokens are named one by one. A slice of the hidden states has gaps, so torch would multiply row by row and read the head's
-    matrix as often: with four rows that takes twice the time, more than the logits that are left out.
+    On the CPU the tokens are named one by one. A slice of the hidden states has gaps, so that torch would multiply row by row and read the
+    head's matrix as often: with four rows that takes twice the time, more than what is left out saves.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
