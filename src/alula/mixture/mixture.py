@@ -147,12 +147,12 @@ class Mixture(nn.Module):
 
 def introduce(mixtures: Iterable[Mixture]) -> None:
     """Tells the linears of a block that take one input from each other, so that their routers' products are one."""
-    groups: dict[tuple[str, int], list[Mixture]] = {}
+    groups: dict[tuple[str, int, int], list[Mixture]] = {}
     for mixture in mixtures:
         last = mixture.path.rpartition(".")[2]
         kind = next((number for number, names in enumerate(TOGETHER) if last in names), None)
         if kind is not None:
-            groups.setdefault((mixture.block, kind), []).append(mixture)
+            groups.setdefault((mixture.block, kind, mixture.experts.in_features), []).append(mixture)
     for group in groups.values():
         for mixture in group:
             mixture.together = tuple(group)
