@@ -6,7 +6,7 @@ It knows tensors and names, no model and no router.
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -67,10 +67,12 @@ class Decoding:
 
     Attributes:
         told: who speaks, decided on the prompts; None: each layer's router decides, for each token.
+        plans: what layers looked up for these answers, by layer.
     """
 
     routing: Routing
     told: Told | None
+    plans: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,18 +21,12 @@ if TYPE_CHECKING:
 
 
 class Plan:
-    """How a layer answers while `decoding` is the same object. This one: not in a way of its own, so `dtype` is that of no tensor.
+    """How a layer answers throughout a `Decoding`. This one: not in a way of its own, so `dtype` is that of no tensor."""
 
-    A copy of a layer has tensors of its own, so the copy of a plan is None.
-    """
+    __slots__ = ("dtype",)
 
-    __slots__ = ("decoding", "dtype")
-
-    def __init__(self, decoding: Decoding, dtype: torch.dtype | None = None) -> None:
-        self.decoding, self.dtype = decoding, dtype
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
 
     def say(self, x: Tensor, cell: Cell) -> Tensor:
         """Host and experts on one token of any shape in the plan's type, without gradients."""
@@ -42,18 +36,18 @@ class Plan:
 class TellPlan(Plan):
     """``W x + b + share * B A x``: one expert, known beforehand."""
 
-    __slots__ = ("bias", "down", "share", "up", "weight")
+    __slots__ = ("bias", "down", "expert", "scales", "share", "up", "weight")
 
-    def __init__(self, mixture: "Mixture", decoding: Decoding, *, expert: int, share: float) -> None:
-        super().__init__(decoding, mixture.weight.dtype)
+    def __init__(self, mixture: "Mixture", *, expert: int, share: float) -> None:
+        super().__init__(mixture.weight.dtype)
         self.weight, self.bias = mixture.weight, mixture.bias
         self.down, self.up = mixture.experts.A[expert], mixture.experts.B[expert]
-        self.share = share * mixture.experts.scales[expert]
+        self.expert, self.share, self.scales = expert, share, mixture.experts.scales
 
     def say(self, x: Tensor, cell: Cell) -> Tensor:
         """See `Plan`."""
         out = nn.functional.linear(x, self.weight, self.bias)
-        out.view(-1).addmv_(self.up, torch.mv(self.down, x.view(-1)), alpha=self.share)
+        out.view(-1).addmv_(self.up, torch.mv(self.down, x.view(-1)), alpha=self.share * self.scales[self.expert])
         return out
 
 
@@ -65,8 +59,8 @@ class GatePlan(Plan):
 
     __slots__ = ("bias", "downs", "key", "place", "scales", "teller", "ups", "weight")
 
-    def __init__(self, mixture: "Mixture", decoding: Decoding, teller: Teller) -> None:
-        super().__init__(decoding, mixture.weight.dtype)
+    def __init__(self, mixture: "Mixture", teller: Teller) -> None:
+        super().__init__(mixture.weight.dtype)
         self.weight, self.bias, self.scales = mixture.weight, mixture.bias, mixture.experts.scales
         self.downs, self.ups = entries(mixture.experts.A), entries(mixture.experts.B)
         self.teller, self.place = teller, _together(mixture).index(mixture)
@@ -85,28 +79,33 @@ class GatePlan(Plan):
 
 
 def plan(mixture: "Mixture", decoding: Decoding) -> Plan:
-    """The layer's plan for these answers."""
+    """The layer's plan for these answers, which is kept with them."""
+    made = decoding.plans[mixture] = _made(mixture, decoding)
+    return made
+
+
+def _made(mixture: "Mixture", decoding: Decoding) -> Plan:
     told, routing, experts = decoding.told, decoding.routing, mixture.experts
     if not _is_plain(mixture.host):
-        return Plan(decoding)
+        return Plan()
     if told is not None:
         if len(told) != 1 or len(told[0]) != 1:
-            return Plan(decoding)
+            return Plan()
         ((expert, share),) = told[0]
         fits = _of_one_type(mixture.weight, experts.A[expert], experts.B[expert])
-        return TellPlan(mixture, decoding, expert=expert, share=share) if fits else Plan(decoding)
+        return TellPlan(mixture, expert=expert, share=share) if fits else Plan()
     fits = _of_one_type(mixture.weight, *entries(experts.A), *entries(experts.B))
-    if not fits or routing.router != "gate" or routing.top_k > DECODE_SLOTS or mixture.weight.is_cuda:
-        return Plan(decoding)
-    return GatePlan(mixture, decoding, _teller(mixture, decoding))
+    if not fits or routing.router != "gate" or routing.top_k > DECODE_SLOTS or mixture.weight.device.type != "cpu":
+        return Plan()  # from a GPU, reading who was chosen would wait for all work before it, in each layer
+    return GatePlan(mixture, _teller(mixture, decoding))
 
 
 def _teller(mixture: "Mixture", decoding: Decoding) -> Teller:
     """A sibling's for these answers, if one has it already."""
     siblings = _together(mixture)
     for other in siblings:
-        theirs = other.plan
-        if isinstance(theirs, GatePlan) and theirs.decoding is decoding:
+        theirs = decoding.plans.get(other)
+        if isinstance(theirs, GatePlan):
             return theirs.teller
     routers = [sibling.routers["gate"] for sibling in siblings]
     return Teller([router for router in routers if isinstance(router, GateRouter)], decoding.routing)
@@ -117,7 +116,7 @@ def _together(mixture: "Mixture") -> "Sequence[Mixture]":
 
 
 def _of_one_type(*tensors: Tensor) -> bool:
-    """Whether they are plain parameters of the same type: not a device mesh's, not a quantised host's."""
+    """Whether they are parameters of the same type, and none a kind of tensor of its own: sharded, or quantised."""
     return all(type(tensor) is nn.Parameter and tensor.dtype is tensors[0].dtype for tensor in tensors)
 
 

@@ -59,12 +59,15 @@ class Director:
         self._hooks = []
 
     def forget_answers(self) -> None:
-        """Lets mixtures look up anew what an answer needs, after experts or their places changed."""
+        """Lets mixtures look up anew what an answer needs: experts, gates or who trains changed in the middle of it."""
         self._answers.clear()
 
     @contextlib.contextmanager
     def recording(self, *, recorder: Recorder | None = None, observer: Observer | None = None) -> Iterator[None]:
-        """Lets `recorder` see every mixture's weights and `observer` every mixture's input, inside the block."""
+        """Lets `recorder` see every mixture's weights and `observer` every mixture's input, inside the block.
+
+        Where the prompt decides, a recorder sees who speaks on it, and not the same again for each token of the answer.
+        """
         before, seen_before = self._recorder.set(recorder), self._observer.set(observer)
         try:
             yield
@@ -155,7 +158,9 @@ class Director:
         shape = (int(like.shape[0]), int(like.shape[1]))
         choice = self._choose(routing, inputs, shape, like.device)
         recorder, observer = self._recorder.get(), self._observer.get()
-        watched = recorder is not None or observer is not None
+        decoding = self._decoding(routing, choice, inputs.get("past_key_values"), like)
+        if observer is not None or (recorder is not None and decoding is not None and decoding.told is None):
+            decoding = None  # every token is shown
         return Context(
             shape=shape,
             routing=routing,
@@ -163,18 +168,19 @@ class Director:
             valid=_valid(inputs.get("attention_mask"), like),
             recorder=recorder,
             observer=observer,
-            decoding=None if watched else self._decoding(routing, choice, inputs.get("past_key_values"), like),
+            decoding=decoding,
             **choice,
         )
 
     def _decoding(self, routing: Routing, choice: Mapping[str, Any], cache: Any, like: Tensor) -> Decoding | None:
         """What holds throughout these answers; None unless this is one token of each, without gradients.
 
-        Who speaks is read here once: every layer would wait for it. Mixtures look up what they need when the object is another.
+        Who speaks is read here once: every layer would wait for it. A prompt, also that of a later turn, begins anew.
         """
-        if like.shape[1] != 1 or cache is None or torch.is_grad_enabled():
+        if cache is None:
             return None
-        if torch.is_autocast_enabled(like.device.type) or torch.compiler.is_compiling():
+        if like.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._is_autocast():
+            self._answers.pop(cache, None)
             return None
         weights, told = choice.get("weights"), None
         if weights is not None:
@@ -186,6 +192,10 @@ class Director:
         if known is None or known.told != told or known.routing != routing:
             known = self._answers[cache] = Decoding(routing, told)
         return known
+
+    def _is_autocast(self) -> bool:
+        site = next(iter(self.mixtures.sites.values()), None)
+        return site is not None and torch.is_autocast_enabled(site.weight.device.type)
 
     def _choose(self, routing: Routing, inputs: Mapping[str, Any], shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
         names = self.mixtures.names
@@ -212,6 +222,8 @@ class Director:
 
     def _prompt_decision(self, routing: Routing, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
         given, cache = self._route.get(), inputs.get("past_key_values")
+        if cache is not None and shape[1] > 1 and cache.get_seq_length() == 0:
+            self._decided.pop(cache, None)  # it was used before, and emptied
         decided = given if given is not None else (self._decided.get(cache) if cache is not None else None)
         if decided is None:
             if cache is not None and cache.get_seq_length() > 0:

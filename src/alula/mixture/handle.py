@@ -141,6 +141,7 @@ class Mixtures:
             )
             for router in mixture.named_routers().values():
                 router.grow(name, mixture.experts)
+        self.director.forget_answers()
 
     def adopt(self, name: str, pairs: Mapping[str, Mapping[str, Tensor]], *, scales: Mapping[str, float]) -> None:
         """Adds a frozen expert whose matrices are there already.
@@ -176,6 +177,7 @@ class Mixtures:
     def freeze(self) -> None:
         """Base, experts and routers train no more; learners are their own handle's matter."""
         freeze_base(self.model)
+        self.director.forget_answers()
         for mixture in self.sites.values():
             mixture.experts.requires_grad_(False)
             mixture.routers.requires_grad_(False)
@@ -202,6 +204,7 @@ class Mixtures:
         for mixture in self.sites.values():
             for router in mixture.named_routers().values():
                 router.refresh(mixture.experts)
+        self.director.forget_answers()
 
     def detach(self) -> nn.Module:
         """Puts every host back and removes the hooks: the model is exactly what it was before `attach`.
@@ -261,6 +264,7 @@ class Mixtures:
         for place, own in by_router(wanted, {place: router.shapes(name) for place, router in routers.items()}).items():
             if own:
                 routers[place].restore(name, own)
+        self.director.forget_answers()
 
     def _routers(self) -> Iterator[tuple[str, str, Router]]:
         seen: set[int] = set()

@@ -14,7 +14,7 @@ from alula.context import Cell, Context
 from alula.errors import UserError
 from alula.experts import Chosen, LoRAExperts
 from alula.experts.choose import DECODE_SLOTS
-from alula.mixture.decoding import Plan, plan
+from alula.mixture.decoding import plan
 from alula.routers import Router, Seen
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -40,7 +40,6 @@ class Mixture(nn.Module):
         self.routers = nn.ModuleDict()
         self.path, self.block, self.cell = path, block, cell
         self.together: tuple[Mixture, ...] = ()
-        self.plan: Plan | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -80,10 +79,8 @@ class Mixture(nn.Module):
         """The host's output, and what the chosen experts add to it."""
         context = self.cell.context
         decoding = None if context is None else context.decoding
-        if decoding is not None:
-            known = self.plan
-            if known is None or known.decoding is not decoding:
-                known = self.plan = plan(self, decoding)
+        if decoding is not None and not torch.compiler.is_compiling():
+            known = decoding.plans.get(self) or plan(self, decoding)
             if known.dtype is x.dtype and x.numel() == x.shape[-1]:
                 return known.say(x, self.cell)
         parts = self._modules  # a submodule's name is looked up in Python, a microsecond each, in every layer
@@ -96,7 +93,7 @@ class Mixture(nn.Module):
                 f"{self.path} was called without a context, so its experts cannot be chosen. Call the model that "
                 "`attach` was given, not a part of it, or `detach` first."
             )
-        in_place = type(host) is nn.Linear  # another kind may keep its output for itself; a plain one's is ours to add to
+        in_place = type(host) is nn.Linear and not host._forward_hooks  # others may keep the output; a plain one's is ours to add to
         told = None if decoding is None else decoding.told
         if told is not None and len(told) * len(context.active) <= DECODE_SLOTS and x.numel() == len(told) * x.shape[-1]:
             return experts.say(x, told, onto=out, in_place=in_place)

@@ -20,9 +20,10 @@ def keeping(model: nn.Module, number: int | Tensor) -> dict[str, int | Tensor]:
         >>> keeping(LlamaForCausalLM(config), 3)
         {'logits_to_keep': tensor([-3, -2, -1])}
     """
-    known = inspect.signature(base_model(model).forward).parameters
-    if "logits_to_keep" not in known:
+    whole = base_model(model)
+    if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
         return {}
-    if isinstance(number, int) and number and next(model.parameters()).device.type == "cpu":
+    takes_index = type(whole).__module__.startswith(("transformers.", "alula."))  # code from elsewhere may take a number only
+    if isinstance(number, int) and number and takes_index and next(model.parameters()).device.type == "cpu":
         return {"logits_to_keep": torch.arange(-number, 0)}
     return {"logits_to_keep": number}

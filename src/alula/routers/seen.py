@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from alula.experts.choose import DECODE_SLOTS
 
 T = TypeVar("T")
-_TRAINS, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
+_TRAINS = attrgetter("requires_grad")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; tensors made in inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class HasRows(Protocol):
@@ -52,7 +57,7 @@ class Kept(Generic[T]):
             self.forget()
             return make()
         first = sources[0]
-        key = (len(sources), sum(map(_VERSION, sources)), first.device, first.dtype, torch.is_inference_mode_enabled())
+        key = (len(sources), sum(map(_version, sources)), first.device, first.dtype, torch.is_inference_mode_enabled())
         if key == self._key and all(map(is_, sources, self._sources)):
             return self._value
         self.forget()
