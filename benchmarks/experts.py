@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from expert_tables import FEW, decode_table, layer_table, whole_table
-from peers import DECODING, WHOLE, layer_forms, quiet, tell
-from roofline import Ceilings, decode_ratio, layer_ratio, measure, step_ratio
+from peers import DECODING, EVERY_EXPERT, WHOLE, layer_forms, quiet, tell
+from roofline import Ceilings, layer_extra, measure, step_extra, token_extra
 from torch import Tensor, nn
 from wide_models import MODELS, SIZES, make_model, tokens_of
 
@@ -80,12 +80,13 @@ def layer_rows(options: argparse.Namespace, ceilings: Ceilings) -> list[Row]:
             with torch.no_grad():
                 form(x)
 
-        tokens, rank = options.layer_tokens, options.layer_rank
-        row: Row = {"experts": experts, "least": layer_ratio(width, ceilings, tokens=tokens, experts=experts, rank=rank)}
+        row: Row = {"experts": experts, "least": {}}
         repeats = options.repeats * (1 if options.small else 4)  # a layer takes milliseconds
         for what, run in (("train", train), ("forward", forward)):
             runs = {name: lambda form=form, run=run: run(form) for name, form in forms.items()}
             row[what] = seconds_of(runs, repeats=repeats, clock=options.clock)
+            extra = layer_extra(width, ceilings, tokens=options.layer_tokens, experts=experts, backward=what == "train")
+            row["least"][what] = 1 + extra / row[what]["PEFT LoRA"]
         row["saved"] = {name: bytes_saved(lambda form=form: form(x.clone().requires_grad_()), form) for name, form in forms.items()}
         rows.append(row)
         print("\n".join(layer_table([row])[2:]), flush=True)
@@ -143,7 +144,8 @@ def whole_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> li
                 row[what] = seconds_of(runs, repeats=options.repeats, clock=options.clock)
             row["saved"] = {form: saved_by(call, batch) for form, call in forms.items() if form not in NO_GRADIENTS}
         slots, count = min(2, experts), shape[0] * shape[1]
-        row["least"] = step_ratio(shapes, ceilings, tokens=count, experts=experts, rank=options.rank, slots=slots)["ratio"]
+        extra = step_extra(shapes, ceilings, tokens=count, experts=experts, rank=options.rank, slots=slots)
+        row["least"] = 1 + extra / row["train"]["PEFT LoRA"]
         del forms
         gc.collect()
         row["peak"] = {} if options.small else {form: peak_of(form, name, experts, options, shape) for form in names}
@@ -197,7 +199,7 @@ def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> l
     for experts in options.pools:
         runs: dict[str, Callable[[], Any]] = {}
         for form, make in DECODING.items():
-            if form == "PEFT Arrow" and experts > FEW and not options.small:
+            if form in EVERY_EXPERT and experts > FEW and not options.small:
                 continue  # it would write every expert's output for every token of the prompt
             with quiet():
                 call = make(copy.deepcopy(model), experts=experts, rank=options.rank, slots=min(2, experts))
@@ -205,13 +207,10 @@ def decode_rows(name: str, options: argparse.Namespace, ceilings: Ceilings) -> l
         with quiet(), torch.no_grad():
             seconds = seconds_of(runs, repeats=options.repeats, clock=options.clock)
         row: Row = {"model": name, "experts": experts, "decode": {form: taken / options.tokens for form, taken in seconds.items()}}
-        base = row["decode"]["frozen base"]
-        row["least"] = {
-            form: decode_ratio(
-                shapes, ceilings, base_seconds=base, experts=experts, rank=options.rank, slots=slots, gated=gated, calls=calls
-            )
-            for form, slots, gated, calls in (("ours, expert told", 1, False, 3), ("ours, gates", 2, True, 12))
-        }
+        row["least"] = {}
+        for form, slots, gated, calls in (("ours, expert told", 1, False, 2), ("ours, gates", 2, True, 8)):
+            extra = token_extra(shapes, ceilings, experts=experts, rank=options.rank, slots=slots, gated=gated, calls=calls)
+            row["least"][form] = 1 + extra / row["decode"]["frozen base"]
         rows.append(row)
         print("\n".join(decode_table([row])[2:]), flush=True)
     return rows

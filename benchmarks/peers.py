@@ -106,6 +106,11 @@ def peft_lora(model: nn.Module, *, rank: int, slots: int, **sizes: int) -> Call:
     return speaking(peft.get_peft_model(model, peft.LoraConfig(r=rank * slots, lora_alpha=2 * rank * slots, target_modules=DECODER)))  # type: ignore[arg-type]
 
 
+def peft_lora_of_one(model: nn.Module, *, rank: int, **sizes: int) -> Call:
+    """Of one expert's rank, as a told expert has it."""
+    return peft_lora(model, rank=rank, slots=1)
+
+
 def _adapters(model: Any, experts: int, rank: int) -> Any:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=DECODER)
     model = peft.get_peft_model(model, config, adapter_name="task_0")
@@ -223,11 +228,17 @@ WHOLE: dict[str, Callable[..., Call]] = {
 DECODING: dict[str, Callable[..., Call]] = {
     "frozen base": frozen_base,
     "two products alone": two_products,
-    "PEFT LoRA": peft_lora,
+    "PEFT LoRA": peft_lora_of_one,
+    "PEFT, all adapters active": peft_several,
     "PEFT Arrow": peft_arrow,
+    "CoIN's loop": coin_loop,
     "ours, expert told": ours_decoding("told"),
     "ours, gates": ours_decoding("gates"),
 }
+
+
+EVERY_EXPERT = ("PEFT, all adapters active", "PEFT Arrow", "CoIN's loop")
+"""Forms that compute all experts for each token."""
 
 
 def layer_forms(host: Callable[[], nn.Linear], *, rank: int, experts: int) -> dict[str, nn.Module]:
