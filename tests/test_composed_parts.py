@@ -85,11 +85,12 @@ def test_a_joined_encoder_is_silent_at_birth_and_then_takes_its_share_from_the_o
     torch.testing.assert_close(grown.weights.sum(-1), torch.ones(2))
 
 
+@pytest.mark.parametrize("names_its_own", [True, False])
 @torch.no_grad()
-def test_each_encoder_sees_pixels_of_its_own_size_and_normalisation() -> None:
+def test_each_encoder_sees_pixels_of_its_own_size_and_normalisation(names_its_own: bool) -> None:
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    model = ComposedVLM(mixture_config(encoder_config=[VIT | imagenet, PATCH | half])).eval()
+    model = ComposedVLM(mixture_config(encoder_config=[VIT | (imagenet if names_its_own else {}), PATCH | half])).eval()
     seen: list[torch.Tensor] = []
     for encoder in model.vision_tower.encoders:
         encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -99,8 +100,6 @@ def test_each_encoder_sees_pixels_of_its_own_size_and_normalisation() -> None:
     assert [pixels.shape[-1] for pixels in seen] == [32, 64]
     torch.testing.assert_close(seen[0], ((colours - mean) / std)[..., :32, :32])
     torch.testing.assert_close(seen[1], (colours - 0.5) / 0.5)
-    with pytest.raises(UserError, match="Name those of the first encoder too"):
-        check_composition(mixture_config(encoder_config=[VIT, PATCH | half]))
 
 
 def test_an_instruction_is_the_turn_an_image_stands_in_and_never_an_answer(processor: ComposedProcessor) -> None:
@@ -213,7 +212,7 @@ def test_an_encoder_can_join_a_model_of_one() -> None:
     model = loud(ComposedVLM(mixture_config(encoder_config=VIT, connector_config=POOL, mixing="add")))
     pixels = torch.randn(2, 3, 32, 32)
     old = model.get_image_features(pixels).pooler_output
-    add_encoder(model, PATCH, connector=DEFORMABLE)
+    add_encoder(model, PATCH | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, connector=DEFORMABLE)
     assert isinstance(model.vision_tower, EncoderGroup)
     assert torch.equal(model.get_image_features(pixels).pooler_output, old)
     with pytest.raises(UserError, match="4 and 4 and 16 tokens"):

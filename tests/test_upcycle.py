@@ -73,6 +73,12 @@ def test_gating_and_losses_are_those_of_mm1(experts, capacity):
     assert (choose_experts(scores, top_k=2, capacity=None)[0] > 0).all()
 
 
+def test_every_expert_has_a_place_in_a_row_shorter_than_the_published_capacity_gives_one():
+    weights, index = choose_experts(torch.randn(3, 7, 64), top_k=2, capacity=2.0)  # int(7 * 2 / 64) is 0
+    taken = torch.zeros(3, 7, 64).scatter(-1, index, (weights > 0).float()).sum(1)
+    assert taken.max() == 1 and (weights[:, 0, 0] > 0).all()
+
+
 def test_balance_is_one_where_the_load_is_even_and_ignores_padding():
     even = 50.0 * torch.eye(4).repeat(1, 3, 1)
     assert load_balance_loss(even).item() == pytest.approx(1)

@@ -6,6 +6,9 @@ import yaml
 
 from alula.errors import UserError
 
+PARTS = ("encoder", "connector")
+"""Keys of a model out of parts whose value may be a bare name."""
+
 
 def split_change(change: str) -> tuple[str, Any]:
     """``train.steps=100`` as a path and a value.
@@ -23,7 +26,7 @@ def split_change(change: str) -> tuple[str, Any]:
 
 
 def put_change(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Puts `value` at ``methods.0.options.rank`` and the like; a task or method that is a bare name becomes a mapping.
+    """Puts `value` at ``methods.0.options.rank`` and the like; a task, method or part that is a bare name becomes a mapping.
 
     Raises:
         UserError: the path leads nowhere.
@@ -34,7 +37,7 @@ def put_change(raw: dict[str, Any], path: str, value: Any) -> None:
         key = _key(place, part, path, depth)
         if isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
-        elif isinstance(place, list) and isinstance(place[key], str):
+        elif (isinstance(place, list) or key in PARTS) and isinstance(place[key], str):
             place[key] = {"name": place[key]}
         place = place[key]
     place[_key(place, last, path, len(parents))] = value

@@ -5,8 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-PROBES = ("emoji_en", "animals")
-
 
 def pretrain(
     objective: Annotated[str, typer.Argument(help="clip: contrast with text. aim: predict the next patch. Or a recipe: a .yaml file.")],
@@ -25,8 +23,6 @@ def pretrain(
     set_: Annotated[list[str] | None, typer.Option("--set", help="A training setting: steps=400. May be repeated.")] = None,
 ) -> None:
     """Train an image encoder that `compose` takes, and measure it by linear probes and retrieval."""
-    from dataclasses import replace
-
     from alula.cli.arguments import task_choice
     from alula.cli.launched import is_main, launched
     from alula.cli.screen import progress, results, silent
@@ -44,23 +40,9 @@ def pretrain(
             "train": parse_settings([*(set_ or []), *asked]),
         }
         recipe = read_pretraining(objective, {key: value for key, value in typed.items() if value is not None})
-        from alula.data.enriched import enrich, name_pairs
-        from alula.data.tasks import load_task
-        from alula.running.choices import load_choice
-        from alula.running.pretrain import pretrain as run
+        from alula.running.pretrain import pretrain_by
 
-        settings, choice = recipe.train, recipe.task
-        if choice and recipe.train_size:
-            choice = choice.model_copy(update={"train_size": recipe.train_size})
-        pairs = load_choice(choice) if choice else name_pairs(train_size=recipe.train_size or 1500, seed=settings.seed)
-        if recipe.objective == "clip" and recipe.captions:
-            texts = enrich(pairs.train, share=recipe.captions, seed=settings.seed)
-            pairs = replace(pairs, train=texts, description=f"{pairs.description} {recipe.captions:g} of the texts are captions.")
-        size = recipe.probe_size
-        probes = [] if size == 0 else [load_task(name, train_size=size, test_size=size) for name in PROBES]
-        made = run(
-            recipe.objective, pairs, encoder=recipe.encoder, settings=settings, folder=out, probes=probes, options=recipe.head, progress=bar
-        )
+        made = pretrain_by(recipe, folder=out, progress=bar)
     if is_main():
         from alula.files import read_json
 

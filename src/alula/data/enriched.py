@@ -14,6 +14,8 @@ SOURCES = ("emoji_en", "flags", "animals", "captions")
 """Built-in tasks whose answers say what an image shows."""
 COUNTRY = "/0"
 """How the ids of flags end whose answer is the country; the others' is the continent, which the captions get as metadata."""
+CONTINENTS = "continents"
+"""Of `TEMPLATES`, those for flags whose answer is the continent."""
 TEMPLATES = {
     "emoji_en": (
         "An emoji in the style of {vendor}: {name}.",
@@ -25,6 +27,7 @@ TEMPLATES = {
         "This flag stands for {name} in {continent}.",
         "{name}: the flag of one of the countries of {continent}, in a {shape} drawing.",
     ),
+    CONTINENTS: ("The {shape} flag of a country in {name}.", "This flag stands for a country in {name}."),
     "animals": (
         "The silhouette of one animal on a light ground: {name}.",
         "{name}, drawn as a single area in one dark colour.",
@@ -97,10 +100,11 @@ def enrich(samples: Sequence[Sample], *, write: Teacher | None = None, share: fl
 def _from_template(sample: Sample, rng: random.Random, continents: Mapping[str, str | None]) -> str:
     """A sentence with what the sample's id says of its source: ``flags/train/wide/KE/0/0``, ``emoji_en/train/noto-v1/...``."""
     known: dict[str, str | None] = {"name": sample.answer}
+    source = CONTINENTS if sample.origin == "flags" and not sample.id.endswith(COUNTRY) else sample.origin
     parts = sample.id.split("/")
     if sample.origin == "flags":
         known |= {"shape": SHAPES[parts[2]], "continent": continents[parts[3]]}
     elif sample.origin == "emoji_en":
         known["vendor"] = VENDORS[parts[2]]
     is_complete = all(known.values())  # a country on two continents has none in the table
-    return rng.choice(TEMPLATES.get(sample.origin, PLAIN) if is_complete else PLAIN).format(**known)
+    return rng.choice(TEMPLATES.get(source, PLAIN) if is_complete else PLAIN).format(**known)

@@ -65,6 +65,8 @@ class FewShot:
         task: each test sample's prompt holds its shots.
         shots: wanted for each sample.
         counts: shots that each test sample has.
+        num_cut: shots left out for want of room.
+        num_too_long: test samples that do not fit even without shots.
         form: one of `FORMS`.
         split: what the shots are from: ``train``, or ``test`` of a task that has no train split.
         room: tokens that a prompt may have; None: not limited.
@@ -73,6 +75,8 @@ class FewShot:
     task: Task
     shots: int
     counts: tuple[int, ...]
+    num_cut: int
+    num_too_long: int
     form: str
     split: str
     room: int | None
@@ -83,13 +87,15 @@ class FewShot:
         return self.shots * len(self.counts) - sum(self.counts)
 
     def describe(self) -> str:
-        """One line: how many samples have how many shots, and why some have fewer."""
+        """One line: how many samples have how many shots, why some have fewer, and how many do not fit at all."""
         has = ", ".join(f"{count} for {number}" for count, number in sorted(Counter(self.counts).items(), reverse=True))
-        line = f"{self.task.name}: shots from the {self.split} split: {has} samples"
-        if not self.num_dropped:
-            return f"{line}."
-        why = f"a prompt has room for {self.room} tokens" if self.room else f"the {self.split} split has no more"
-        return f"{line}. {self.num_dropped} of {self.shots * len(self.counts)} shots dropped, the least near first: {why}."
+        line, room = f"{self.task.name}: shots from the {self.split} split: {has} samples.", f"a prompt has room for {self.room} tokens"
+        if self.num_dropped:
+            why = [room] * (self.num_cut > 0) + [f"the {self.split} split has no more"] * (self.num_dropped > self.num_cut)
+            line += f" {self.num_dropped} of {self.shots * len(self.counts)} shots dropped, the least near first: {', and '.join(why)}."
+        if self.num_too_long:
+            line += f" {room[0].upper()}{room[1:]}, and {self.num_too_long} of {len(self.counts)} are longer even without shots."
+        return line
 
 
 def few_shot(
@@ -127,9 +133,11 @@ def few_shot(
     room = budget.context - task.max_new_tokens if budget else None
     test = [_fitting(sample, found, form=form, budget=budget, room=room) for sample, found in zip(samples, chosen, strict=True)]
     return FewShot(
-        task=replace(task, test=[prompted for prompted, _ in test]),
+        task=replace(task, test=[prompted for prompted, _, _ in test]),
         shots=shots,
-        counts=tuple(count for _, count in test),
+        counts=tuple(count for _, count, _ in test),
+        num_cut=sum(len(found) - count for found, (_, count, _) in zip(chosen, test, strict=True)),
+        num_too_long=sum(not fits for _, _, fits in test),
         form=form,
         split="train" if task.train else "test",
         room=room,
@@ -216,14 +224,14 @@ def _similar(
     return [[pool[place] for place in places if place not in excluded][:count] for (_, excluded), places in zip(asked, found, strict=True)]
 
 
-def _fitting(sample: Sample, shots: Sequence[Sample], *, form: str, budget: Budget | None, room: int | None) -> tuple[Sample, int]:
-    """`sample` after as many of its shots as fit, and how many they are."""
+def _fitting(sample: Sample, shots: Sequence[Sample], *, form: str, budget: Budget | None, room: int | None) -> tuple[Sample, int, bool]:
+    """`sample` after as many of its shots as fit, how many they are, and whether that fits: without any it may be too long."""
     write: Callable[[Sample, Sequence[Sample]], Sample] = _as_turns if form == CHAT else _as_lines(form)
     for count in range(len(shots), -1, -1):
         prompted = write(sample, shots[:count][::-1])
-        if budget is None or room is None or count == 0 or budget.length(prompted, [*shots[:count], sample]) <= room:
+        if fits := budget is None or room is None or budget.length(prompted, [*shots[:count], sample]) <= room:
             break
-    return prompted, count
+    return prompted, count, fits
 
 
 def _as_turns(sample: Sample, shots: Sequence[Sample]) -> Sample:

@@ -30,6 +30,9 @@ class EvaluationSettings(Strict):
     """Also score every task with so many solved examples before each question, as ``4shot_<task>``; one number or several. 0 names
     the scores without examples ``0shot_<task>``, beside the others."""
 
+    shots_by: Literal["seed", "similarity"] = "seed"
+    """How examples are chosen: at random, the same in all cells, or those with the most similar questions (needs the package of minilm)."""
+
     shots_as: Literal["chat", "vqa", "caption"] = "chat"
     """How examples are written: as turns of the model's conversation, or as a published prompt (docs/few_shot.md)."""
 

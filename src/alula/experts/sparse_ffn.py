@@ -28,8 +28,9 @@ def choose_experts(
 
     Args:
         top_k: choices of each token.
-        capacity: an expert takes at most ``int(tokens * capacity / experts)`` tokens of a group: first choices in the order of the
-            tokens, then second choices, and so on. None: no limit.
+        capacity: an expert takes at most ``int(tokens * capacity / experts)`` tokens of a group, and never less than one, which is ours:
+            in short rows the published number is 0. First choices in the order of the tokens, then second choices, and so on. None: no
+            limit.
 
     Example:
         >>> weights, index = choose_experts(torch.tensor([[[2.0, 0.0, 2.0]]]), top_k=2, capacity=None)
@@ -46,7 +47,8 @@ def choose_experts(
     weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-9)
     if capacity is None:
         return weights, index
-    return weights * _kept(index, experts=scores.shape[-1], size=int(scores.shape[1] * capacity / scores.shape[-1])), index
+    size = max(1, int(scores.shape[1] * capacity / scores.shape[-1]))
+    return weights * _kept(index, experts=scores.shape[-1], size=size), index
 
 
 def _kept(index: Int[Tensor, "groups tokens slots"], *, experts: int, size: int) -> Float[Tensor, "groups tokens slots"]:

@@ -10,8 +10,8 @@ from alula.objectives.aim import aim_loss, patches_of, prefix_causal_mask
 class Aim(Method):
     """Everything trains; the collator draws each image's prefix.
 
-    Source: El-Nouby et al. 2024 (arXiv 2401.08541). Deliberate differences: the loop's AdamW has torch's betas (0.9, 0.999), and
-    `vit` has biases and learnt positions.
+    Source: El-Nouby et al. 2024 (arXiv 2401.08541). Deliberate differences: the loop's AdamW has torch's betas (0.9, 0.999) unless
+    the settings say 0.9 and 0.95, and `vit` has biases and learnt positions.
     """
 
     def begin_stage(self, model: nn.Module, task: Task, stage: Stage) -> None:

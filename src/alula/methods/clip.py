@@ -12,7 +12,7 @@ class Clip(Method):
     """Everything trains; a batch's pairs are contrasted with those of all processes.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), as MM1 uses it (arXiv 2403.09611, section 3.1). Deliberate differences: the loop's
-    AdamW has torch's betas (0.9, 0.999) and decays every parameter, the scale too.
+    AdamW has torch's betas (0.9, 0.999) unless the settings say 0.9 and 0.95, and decays every parameter, the scale too.
 
     Raises:
         UserError: the batch is cut into micro-batches, or cannot be shared out evenly among the processes.

@@ -18,7 +18,8 @@ class ComposedConfig(PreTrainedConfig):
     Args:
         text_config: configuration of the backbone, any type `AutoModelForCausalLM` knows; None is a default Llama.
         encoder_config: `{"name": <registered encoder>, **its keywords}`, or a list of these. Of several, those that were trained on
-            pixels normalised otherwise than the first one's say so with `image_mean` and `image_std`, as the first does then.
+            pixels normalised otherwise than the first one's say so with `image_mean` and `image_std`; the first one's are ImageNet's
+            where it does not say.
         connector_config: `{"name": <registered connector>, **its keywords}`, or a list with one for each encoder. The widths and the
             grid come from the neighbours; `input_dim` and `output_dim` may be said, and are then compared.
         image_token_id: the placeholder in `input_ids`; an id of the backbone's vocabulary.

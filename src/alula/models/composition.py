@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,12 +24,11 @@ from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import IMAGE_TOKEN, ComposedImageProcessor, ComposedProcessor, count_image_tokens
 from alula.models.instructions import EMBEDDED as EMBEDDED_SENTENCES
 from alula.models.loading import changes_of
-from alula.models.part_files import Part, Source, check_file, load_part, read_parts
+from alula.models.part_files import Part, Source, check_file, config_of, load_part, read_parts, sentence_dim
 from alula.models.vision_mixture import EncoderGroup, VisionMixture, statistics_of
 from alula.models.vision_parts import build_connector, build_encoder, build_gate, build_vision, check_shapes, plan_vision, start_afresh
 
 EMBEDDED = "smol"
-EMBEDDED_SENTENCE_DIM = 384
 
 
 def check_composition(
@@ -99,7 +99,7 @@ def plan_composition(
         tokenizer.add_tokens([image_token], special_tokens=True)
     if mixing == "router":
         instruction_encoder = instruction_encoder or EMBEDDED_SENTENCES
-        router = {"input_dim": _sentence_dim(instruction_encoder), **(router or {})}
+        router = {**(router or {}), "input_dim": sentence_dim(instruction_encoder, told=(router or {}).get("input_dim"))}
     config = ComposedConfig(
         text_config=text_config,
         encoder_config=encoders,
@@ -152,7 +152,7 @@ def compose(
         dtype: of all parts.
 
     Raises:
-        UserError: as `check_composition`; there is no backbone under that name.
+        UserError: as `check_composition`; there is no model of that kind under a name; a router of another width than the sentences.
 
     Example:
         >>> model, processor = compose("smol", {"name": "vit", "image_size": 64})  # doctest: +SKIP
@@ -240,13 +240,13 @@ def _backbone_folder(backbone: str | Path) -> str:
 
 
 def _text_config(place: str) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"There is no backbone in '{place}': {str(error).splitlines()[0]} Give the folder or hub name of a causal LM, or `smol`."
-        ) from error
+    config = config_of(place, what="backbone", wanted="the folder or hub name of a causal LM, or `smol`")
     text = config.text_config if isinstance(config, ComposedConfig) else config
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or text.get_text_config(decoder=True) is not text:
+        raise UserError(
+            f"The backbone in '{place}' has a {type(text).__name__}; a composition takes a causal LM of text alone. Give one, or `smol`; "
+            "of a vision-language model save_pretrained its language model and give that folder."
+        )
     if changes := [*changes_of(config), *changes_of(text)]:
         raise UserError(
             f"The backbone in '{place}' was changed by alula ({changes[0]}); a composition takes dense ones. Give the dense one; "
@@ -264,10 +264,6 @@ def _load_backbone(place: str, *, rows: int, dtype: torch.dtype) -> PreTrainedMo
     if rows > len(backbone.get_input_embeddings().weight):  # type: ignore[arg-type]
         backbone.resize_token_embeddings(rows, mean_resizing=False)
     return backbone
-
-
-def _sentence_dim(name: str) -> int:
-    return EMBEDDED_SENTENCE_DIM if name == EMBEDDED_SENTENCES else AutoConfig.from_pretrained(name).hidden_size
 
 
 def _set_generation(model: ComposedVLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, ImageProcessingMixin, PreTrainedModel
+from transformers import AutoConfig, ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
 
+from alula.data.interleaved.encoder import minilm_folder
 from alula.errors import UserError
+from alula.models.instructions import EMBEDDED
 from alula.models.vision_mixture import STATISTICS
 
 Part = str | Mapping[str, object]
@@ -22,11 +25,50 @@ class Source:
     hub: str | None = None
 
 
+def config_of(place: str | Path, *, what: str, wanted: str) -> PreTrainedConfig:
+    """The configuration of a Hugging Face model.
+
+    Args:
+        place: its folder, or its name on the hub.
+        what: it is to be, for the error; `wanted`: what to give.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no {what} in '{place}': {str(error).splitlines()[0]} Give {wanted}.") from error
+
+
+def sentence_dim(name: str, *, told: object) -> int:
+    """How wide the sentences of an instruction encoder are.
+
+    Args:
+        told: what the router's `input_dim` is to be; None: nothing was said.
+
+    Raises:
+        UserError: there is no such encoder, its package is not installed, or it has another width than was told.
+    """
+    wanted = "as instruction_encoder the folder or hub name of a sentence encoder, or `minilm`"
+    found = config_of(minilm_folder() if name == EMBEDDED else name, what="sentence encoder", wanted=wanted)
+    real: int = found.get_text_config().hidden_size
+    if told not in (None, real):
+        raise UserError(
+            f"The router got input_dim={told!r}, but the sentences of '{name}' are {real} wide. Set input_dim={real}, or leave it out: it "
+            "comes from the instruction encoder."
+        )
+    return real
+
+
 def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[Source]]:
     """Configurations without the places of weights, a list if a list came, and those places.
 
     A Hugging Face model tells its configuration and, where it has a preprocessor's too, the mean and deviation of its pixels, unless
     the part names them.
+
+    Raises:
+        UserError: there is no such model.
     """
     is_one = isinstance(given, str | Mapping)
     listed: Sequence[Part] = [given] if is_one else given  # type: ignore[assignment, list-item]
@@ -35,7 +77,8 @@ def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[So
     for entry in entries:
         file, hub = entry.pop("weights", None), entry.pop("path", None)
         if hub is not None:
-            found = AutoConfig.from_pretrained(str(hub))
+            wanted = "as path the folder or hub name of a vision model, such as openai/clip-vit-base-patch32"
+            found: Any = config_of(str(hub), what="vision model", wanted=wanted)
             entry["config"] = (getattr(found, "vision_config", None) or getattr(found, "image_config", found)).to_dict()
             if not any(entry.get(key) for key in STATISTICS):
                 entry.update(_statistics(str(hub)))

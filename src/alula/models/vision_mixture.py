@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alula.errors import UserError
+from alula.models.composed_processor import ComposedImageProcessor
 from alula.models.connectors import Connector
 from alula.models.encoders import Encoder
 
 STATISTICS = ("image_mean", "image_std")
 """Keys of an encoder's configuration that say how the pixels it was trained on were normalised."""
+IMAGENET = {"image_mean": [*ComposedImageProcessor.image_mean], "image_std": [*ComposedImageProcessor.image_std]}
+"""What pixels that come are normalised with where the first encoder does not say."""
 
 
 def statistics_of(part: Mapping[str, object]) -> dict:
@@ -52,11 +55,8 @@ class EncoderGroup(nn.Module):
     """Several encoders that see the same images, each at its own resolution and normalisation.
 
     Args:
-        statistics: `image_mean` and `image_std` of each encoder, empty where it says nothing; the first one's are those of the pixels
-            that come.
-
-    Raises:
-        UserError: a later encoder names statistics and the first does not.
+        statistics: `image_mean` and `image_std` of each encoder, empty where it says nothing and sees the pixels as they come; these are
+            normalised with the first one's, which are `IMAGENET` if empty.
     """
 
     def __init__(self, encoders: Sequence[Encoder], *, statistics: Sequence[Mapping[str, Sequence[float]]]) -> None:
@@ -64,11 +64,6 @@ class EncoderGroup(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.image_size = max(encoder.image_size for encoder in encoders)
         self.statistics = list(statistics)
-        if any(self.statistics[1:]) and not self.statistics[0]:
-            raise UserError(
-                "An encoder names image_mean and image_std, but the first one does not, so nothing says how the pixels that come are "
-                "normalised. Name those of the first encoder too."
-            )
 
     def forward(self, pixel_values: Float[Tensor, "images 3 height width"]) -> list[Float[Tensor, "images patches dim"]]:
         """Each encoder's features."""
@@ -82,7 +77,7 @@ class EncoderGroup(nn.Module):
             size = (encoder.image_size, encoder.image_size)
             resized = functional.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
             pixels = resized.to(pixels)
-        came = self.statistics[0]
+        came = self.statistics[0] or IMAGENET
         if not own or own == came:
             return pixels
         came_mean, came_std, mean, std = (pixels.new_tensor(one[key]).view(3, 1, 1) for one in (came, own) for key in STATISTICS)

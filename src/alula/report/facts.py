@@ -41,8 +41,8 @@ def facts_of(run: Run, series: Sequence[Series]) -> list[tuple[str, str]]:
 
 
 def _shots(cell: Cell) -> str:
-    """With how many examples tasks were asked, and where there was no room for all."""
-    fewer = [f"{name} had room for {show(row['shots_given'])}" for name, row in cell.shots.items() if row["shots_given"] < row["shots"]]
+    """With how many examples tasks were asked, and where there was no room for all, or there were no more."""
+    fewer = [f"{name} got {show(row['shots_given'])}" for name, row in cell.shots.items() if row["shots_given"] < row["shots"]]
     return "; ".join([", ".join(str(shots) for shots in sorted({row["shots"] for row in cell.shots.values()})), *fewer])
 
 

@@ -41,7 +41,8 @@ class Cell:
     Attributes:
         base_folder: where row 0 (the untouched model's predictions) is kept for all cells of the run.
         pack: tokens of a row in which several samples stand in training; None: one a row.
-        shots: solved examples before each question with which all tasks are scored too; `shots_as`: how they are written.
+        shots: solved examples before each question with which all tasks are scored too; `shots_by`: how they are chosen; `shots_as`:
+            how they are written.
         attention_shift: test samples of which the attention shift is measured before and after learning.
         tasks: their order; empty: that of the stream.
         joint: train on all tasks at once.
@@ -61,6 +62,7 @@ class Cell:
     base_every_task: bool = True
     pack: int | None = None
     shots: tuple[int, ...] = ()
+    shots_by: str = "seed"
     shots_as: str = "chat"
     examples: int = 0
     attention_shift: int = 0
@@ -113,7 +115,7 @@ def run_cell(
     if cell.image_cache is not None:
         cache_images(model, cell.image_cache)
     collator = Collator(processor)
-    asked = ask_with_shots(stream, model, collator, shots=cell.shots, form=cell.shots_as)
+    asked = ask_with_shots(stream, model, collator, shots=cell.shots, by=cell.shots_by, form=cell.shots_as)
     book = ScoreBook(cell, stream, model, collator, asked=asked, progress=progress, team=team)
     if cell.base_row:
         book.score_base()

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from alula.config import MethodChoice, Recipe
+from alula.data.interleaved.encoder import minilm_folder
 from alula.errors import UserError, nearest
-from alula.files import clear_leftovers, write_json
+from alula.files import clear_leftovers, sha256, write_json
 from alula.methods import METHODS, Method
 from alula.running.cell import CRASHED, Cell
 from alula.running.options import check_options
 from alula.running.packed import refuse_rows
+from alula.running.shots import BY_SIMILARITY
 from alula.training import TrainSettings
 from alula.training.processes import Team
 
-RECIPE, VERSIONS = "recipe.yaml", "versions.json"
+RECIPE, VERSIONS, WEIGHTS = "recipe.yaml", "versions.json", "weights.json"
 
 
 def list_cells(recipe: Recipe, folder: Path) -> list[Cell]:
@@ -48,11 +50,13 @@ def find_cell(recipe: Recipe, folder: Path, name: str) -> Cell:
 
 
 def check_methods(recipe: Recipe) -> None:
-    """Refuses methods that are unknown or cannot be run as asked.
+    """Refuses methods that are unknown or cannot be run as asked, and shots by similarity without the package that tells it.
 
     Raises:
         UserError: see `list_cells`.
     """
+    if any(recipe.evaluation.shots) and recipe.evaluation.shots_by == BY_SIMILARITY:
+        minilm_folder()
     for choice in recipe.methods:
         kind = METHODS[choice.name]
         check_options(choice)
@@ -88,6 +92,7 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, 
         base_every_task=recipe.evaluation.base_every_task,
         examples=recipe.examples if is_first else 0,
         shots=tuple(recipe.evaluation.shots),
+        shots_by=recipe.evaluation.shots_by,
         shots_as=recipe.evaluation.shots_as,
         attention_shift=recipe.evaluation.attention_shift,
         image_cache=image_folder(recipe, folder),
@@ -95,6 +100,15 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, 
         # label, order and joint are no part of it: the folder and the names of the tasks tell those apart
         identity=hashlib.sha256(f"{recipe.model}{recipe.tasks}{choice}{choice.additions or ''}{pack or ''}".encode()).hexdigest(),
     )
+
+
+def weight_digests(recipe: Recipe) -> dict[str, str]:
+    """The sha256 of each file that an encoder or a connector of the model takes its weights from, by its path."""
+    if isinstance(recipe.model, str):
+        return {}
+    listed = [part for some in (recipe.model.encoder, recipe.model.connector) for part in (some if isinstance(some, list) else [some])]
+    files = [Path(part["weights"]) for part in listed if isinstance(part, dict) and part.get("weights")]
+    return {str(file): sha256(file) for file in files if file.is_file()}
 
 
 def base_folder(folder: Path) -> Path:

@@ -1,11 +1,12 @@
 """Whether a run folder can go on with a recipe: one that says the same, or has more methods, seeds or orders besides."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from alula.config import MethodChoice, Recipe, read_recipe
 from alula.errors import UserError
+from alula.files import read_json
 
 ABSENT = "not given"
 
@@ -28,6 +29,21 @@ def refuse_other(recipe: Recipe, kept: Path) -> None:
             f"{kept.parent} holds a run of another recipe (see {kept}): {change}. Methods and seeds may be added, and orders after the "
             "others. Continue it with the same recipe otherwise, or choose another --out folder."
         )
+
+
+def refuse_other_weights(digests: Mapping[str, str], kept: Path) -> None:
+    """Refuses to go on with a file whose digest is another one than in `kept`; what is not noted there, as by older runs, is taken.
+
+    Raises:
+        UserError: with the first such file.
+    """
+    before = read_json(kept) if kept.exists() else {}
+    for name, digest in digests.items():
+        if before.get(name, digest) != digest:
+            raise UserError(
+                f"{kept.parent} holds a run that began with another {name} (see {kept}): it was written anew since. Put the former file "
+                "back, or choose another --out folder."
+            )
 
 
 def _changes(kept: Recipe, recipe: Recipe) -> Iterator[str]:

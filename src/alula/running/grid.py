@@ -21,6 +21,8 @@ from alula.running.choices import check_model, check_tasks
 from alula.running.shots import shot_family, shot_name
 
 KEY = "grid"
+LONGEST = 200
+"""Letters of a point's name: file systems take 255 bytes, and seed and order follow."""
 
 
 class GridChoice(Strict):
@@ -33,7 +35,7 @@ class GridChoice(Strict):
 
     factors: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
     """Of each factor the levels, and of each level what it changes: paths of the recipe and their values. In short
-    ``train.steps: [10, 20]``: a path, which is the factor's name, and its values."""
+    ``train.steps: [10, 20]``: a path, which is the factor's name, and its values, of which one with a ``name`` is called by that."""
 
     expected: list[str] = Field(default_factory=list)
     """Factors in the order in which they are expected to matter: the page says whether they do."""
@@ -159,13 +161,21 @@ def in_folder(level: str) -> str:
 
 def _levels(name: str, levels: Any) -> Any:
     """Levels that were a bare list: the factor's name is the path that they change."""
-    if isinstance(levels, list):
-        return {_named(value): {name: value} for value in levels}
-    return {str(level): changes for level, changes in levels.items()} if isinstance(levels, Mapping) else levels
+    if not isinstance(levels, list):
+        return {str(level): changes for level, changes in levels.items()} if isinstance(levels, Mapping) else levels
+    named = [str(_named(value)) for value in levels]
+    if len(set(named)) < len(named) or any(_holds_mapping(_named(value)) for value in levels):
+        raise ValueError(f"the factor {name!r} has levels without a name of their own; name them: {name}: {{level: {{{name}: value}}}}")
+    return {level: {name: value} for level, value in zip(named, levels, strict=True)}
 
 
-def _named(value: Any) -> str:
-    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else str(value)
+def _named(value: Any) -> Any:
+    """What a level in a bare list is called: by its ``name``, or as it is."""
+    return value["name"] if isinstance(value, Mapping) and "name" in value else value
+
+
+def _holds_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_holds_mapping, value)))
 
 
 def _combinations(choice: GridChoice) -> list[dict[str, str]]:
@@ -182,6 +192,8 @@ def _is_even(choice: GridChoice, point: dict[str, str]) -> bool:
 
 def _point(raw: dict[str, Any], choice: GridChoice, levels: dict[str, str], *, where: str) -> Point:
     label = "_".join(in_folder(level) for level in levels.values())
+    if len(label) > LONGEST:
+        raise UserError(f"{where}: {len(label)} letters came as the name of point {label[:40]}...; {LONGEST} fit. Give levels short names.")
     place, own = f"{where}, point {label}", copy.deepcopy(raw)
     for name, level in levels.items():
         for path, value in choice.factors[name][level].items():

@@ -8,9 +8,11 @@ from pydantic import ConfigDict, create_model
 
 from alula.config import MethodChoice
 from alula.data.checking import check
+from alula.data.interleaved.encoder import minilm_folder
 from alula.errors import UserError, nearest
 from alula.methods import ADDITIONS, METHODS, Method
 from alula.methods.additions import Addition
+from alula.models.instructions import EMBEDDED
 
 FROM_THE_RUN = ("settings", "tokenizer", "mixtures", "learners", "collator")
 """Keywords that a run gives itself."""
@@ -20,8 +22,8 @@ def check_options(choice: MethodChoice) -> None:
     """Refuses options that the method or one of its additions does not take, and values that are not of an option's type.
 
     Raises:
-        UserError: an unknown method, addition or option (with the nearest known), a value of another type, or a bad one where values
-            are checked by a class.
+        UserError: an unknown method, addition or option (with the nearest known), a value of another type, a bad one where values
+            are checked by a class, or ``instruction: minilm`` without its package.
     """
     kind = METHODS[choice.name]
     _check_own(choice.options, kind, f"method '{choice.name}'")
@@ -30,6 +32,8 @@ def check_options(choice: MethodChoice) -> None:
     if kind.further_options is not None:
         further = {name: value for name, value in choice.options.items() if name in kind.further_options.model_fields}
         check(kind.further_options, further, f"method '{choice.name}'", path=("options",))
+    if choice.options.get("instruction") == EMBEDDED:
+        minilm_folder()
 
 
 def option_names(kind: type[Method] | type[Addition]) -> list[str]:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from alula.data.enriched import enrich, name_pairs
 from alula.data.image_collate import PairCollator, Pixels, PrefixCollator
 from alula.data.sample import Sample
 from alula.data.stream import Stream, Task
+from alula.data.tasks import load_task
 from alula.errors import UserError
 from alula.evaluation.probe import linear_probe, neighbours, retrieve
 from alula.files import read_jsonl, sha256, write_json, write_tensors
@@ -29,12 +31,33 @@ from alula.models.patch_predictor import PatchPredictor
 from alula.models.vision_mixture import statistics_of
 from alula.models.vision_parts import build_encoder, start_afresh
 from alula.objectives.clip import START
+from alula.running.choices import load_choice
+from alula.running.pretrain_recipe import PretrainRecipe
 from alula.training import Trainer, TrainSettings
 
 OBJECTIVES = ("clip", "aim")
 EMBEDDED = "smol"
+PROBES = ("emoji_en", "animals")
 BATCH = 64
 """Images a forward when features are taken."""
+
+
+def pretrain_by(recipe: PretrainRecipe, *, folder: Path, progress: Progress | None = None) -> Path:
+    """`pretrain` as a recipe says, on the built-in pairs if it names no task, with the built-in probes.
+
+    Returns:
+        the safetensors file.
+    """
+    choice, size, settings = recipe.task, recipe.probe_size, recipe.train
+    if choice and recipe.train_size:
+        choice = choice.model_copy(update={"train_size": recipe.train_size})
+    pairs = load_choice(choice) if choice else name_pairs(train_size=recipe.train_size or 1500, seed=settings.seed)
+    if recipe.objective == "clip" and recipe.captions:
+        texts = enrich(pairs.train, share=recipe.captions, seed=settings.seed)
+        pairs = replace(pairs, train=texts, description=f"{pairs.description} {recipe.captions:g} of the texts are captions.")
+    probes = [] if size == 0 else [load_task(name, train_size=size, test_size=size) for name in PROBES]
+    part, head = recipe.encoder, recipe.head
+    return pretrain(recipe.objective, pairs, encoder=part, options=head, probes=probes, settings=settings, folder=folder, progress=progress)
 
 
 def pretrain(

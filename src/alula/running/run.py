@@ -17,9 +17,9 @@ from alula.data.stream import Stream
 from alula.errors import UserError
 from alula.files import write_json, write_text
 from alula.running.cell import Cell, run_cell
-from alula.running.cells import RECIPE, VERSIONS, attempt, has_base, list_cells
+from alula.running.cells import RECIPE, VERSIONS, WEIGHTS, attempt, has_base, list_cells, weight_digests
 from alula.running.choices import check_model, load_chosen, load_stream
-from alula.running.extending import refuse_other
+from alula.running.extending import refuse_other, refuse_other_weights
 from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
 from alula.running.shots import scored_names
 from alula.training.processes import Team
@@ -112,14 +112,17 @@ def run_here(
 
 
 def start_folder(recipe: Recipe, folder: Path) -> None:
-    """Writes the resolved recipe, and the versions once.
+    """Writes the resolved recipe, the digests of files that its model is made of, and the versions once.
 
     Raises:
-        UserError: the folder holds a run of another recipe (see `refuse_other`).
+        UserError: the folder holds a run of another recipe (see `refuse_other`), or of a file that was another one.
     """
-    kept = folder / RECIPE
+    kept, digests = folder / RECIPE, weight_digests(recipe)
     if kept.exists():
         refuse_other(recipe, kept)
+    if digests:
+        refuse_other_weights(digests, folder / WEIGHTS)
+        write_json(folder / WEIGHTS, digests)
     write_text(kept, write_recipe(recipe))
     packages = ("alula", "torch", "transformers", "accelerate", "datasets", "numpy")
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from alula.data.collate import Collator
+from alula.data.interleaved.embedding import load_embedder
 from alula.data.stream import Stream, Task
-from alula.evaluation.few_shot import CHAT, Budget, FewShot, asks, context_of, few_shot
+from alula.evaluation.few_shot import CHAT, WAYS, Budget, FewShot, asks, context_of, few_shot
 
 logger = logging.getLogger(__name__)
+BY_SEED, BY_SIMILARITY = WAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,9 @@ def scored_names(stream: Stream, shots: Iterable[int], *, form: str = CHAT) -> l
     return [*(task.name for task in tasks), *(shot_name(task.name, count) for count in shots for task in tasks if _asked(task, form))]
 
 
-def ask_with_shots(stream: Stream, model: nn.Module, collator: Collator, *, shots: Sequence[int], form: str = CHAT) -> dict[str, Asked]:
+def ask_with_shots(
+    stream: Stream, model: nn.Module, collator: Collator, *, shots: Sequence[int], by: str = BY_SEED, form: str = CHAT
+) -> dict[str, Asked]:
     """Every task that asks something, with each number of shots that is wanted, by name.
 
     The shots of a question are the same in every cell of a run, as far as the model has room for them.
@@ -70,11 +74,12 @@ def ask_with_shots(stream: Stream, model: nn.Module, collator: Collator, *, shot
     """
     found: dict[str, Asked] = {}
     context = context_of(model, collator) if shots else None
+    embed = load_embedder("minilm") if any(shots) and by == BY_SIMILARITY else None
     for task in (task for task in (*stream.tasks, *stream.base_tasks) if _asked(task, form)):
         budget = Budget(collator, context=context) if context else None  # one a task: it knows images by their samples' ids
         for count in shots:
-            made = few_shot(task, shots=count, form=form, budget=budget)
-            if made.num_dropped:
+            made = few_shot(task, shots=count, by=by, form=form, embed=embed, budget=budget)
+            if made.num_dropped or made.num_too_long:
                 logger.warning("%s", made.describe())
             name = shot_name(task.name, count)
             asked = replace(made.task, name=name, train=(), is_base=True, is_probe=True)

@@ -13,7 +13,7 @@ from alula.training import checkpoint as checkpoints
 from alula.training.checkpoint import Checkpoint, Place
 from alula.training.order import seeded
 from alula.training.records import Cost, LossLog
-from alula.training.settings import TrainSettings
+from alula.training.settings import BETAS, TrainSettings
 from alula.training.sharding import whole
 from alula.training.trainable import load_values
 
@@ -22,9 +22,10 @@ CONVENIENCES = {"save_every", "log_every", "num_workers", "shard"}
 
 
 def recipe_of(settings: TrainSettings, method: Method, stream: Stream, *, identity: str) -> dict:
-    """What makes a run this run, as JSON."""
+    """What makes a run this run, as JSON; without newer settings at their defaults, which older checkpoints do not name."""
     tasks = [f"{task.name} ({len(task.train)} samples)" for task in stream.tasks]
-    return {**settings.model_dump(exclude=CONVENIENCES), "method": method.name, "tasks": tasks, "identity": identity}
+    left_out = CONVENIENCES | ({"betas"} if settings.betas == BETAS else set())
+    return {**settings.model_dump(mode="json", exclude=left_out), "method": method.name, "tasks": tasks, "identity": identity}
 
 
 def begin_task(method: Method, model: nn.Module, task: Task, *, seed: int, device: torch.device) -> None:

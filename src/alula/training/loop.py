@@ -165,7 +165,7 @@ class Trainer:
         """The optimizer steps of one stage from `start` on."""
         settings, parameters = self.settings, self._trainable(task, stage)
         set_modes(self.model)
-        optimizer = torch.optim.AdamW(_rate_groups(parameters, stage), weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(_rate_groups(parameters, stage), betas=settings.betas, weight_decay=settings.weight_decay)
         for group in optimizer.param_groups if stage.rates else ():
             self._say("  %s of them at peak rate %g", f"{sum(parameter.numel() for parameter in group['params']):,}", group["peak"])
         if moments:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 MM1 = "mm1"
 """The learning rate that follows from the backbone's size (`alula.methods.rates`)."""
 
+BETAS = (0.9, 0.999)
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainSettings(BaseModel):
     """The settings of the training loop; unknown keys are errors.
@@ -40,6 +43,10 @@ class TrainSettings(BaseModel):
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW (0 or more). Default 0, as usual for low-rank experts."""
+
+    betas: tuple[Beta, Beta] = BETAS
+    """How much of AdamW's means of gradients and of their squares a step keeps (0 or more, below 1). Default torch's; language models
+    and image encoders are often pre-trained with 0.9 and 0.95."""
 
     gradient_clip: float | None = Field(1.0, gt=0)
     """Largest norm of the whole gradient (above 0); None: no clipping. Default 1, as usual for transformers."""
