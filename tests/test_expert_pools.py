@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from alula.experts import Chosen, LoRAExperts
+from alula.experts import Chosen, LoRAExperts, choose
 from alula.experts.choose import DENSE_RANKS, form_of
 from alula.experts.reference import reference
 from alula.experts.stacked import can_stack, in_one_piece
@@ -147,6 +147,27 @@ def test_the_dense_form_compiles_without_a_break():
     found, x.grad = x.grad, None
     expected.sum().backward()
     torch.testing.assert_close(found, x.grad, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at where a graph ends
+def test_many_experts_are_sorted_outside_of_a_compiled_graph(monkeypatch):
+    experts, asked = pool(80), []
+    x = torch.randn(3, 20, 16, requires_grad=True)
+    weights, index = torch.randn(3, 20, 80).topk(2, dim=-1)
+    chosen = Chosen(weights=weights.softmax(dim=-1), index=index, experts=80)
+    real = choose.grouped_update
+    monkeypatch.setattr(choose, "grouped_update", lambda *inputs, **options: asked.append(1) or real(*inputs, **options))
+
+    def say(x):
+        return experts(torch.tanh(x), chosen, active=tuple(range(80))) * 2
+
+    found, expected = torch.compile(say, backend="eager")(x), say(x)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    used = [x, *(matrix[expert] for matrix in (experts.A, experts.B) for expert in index.unique().tolist())]
+    grads = [torch.autograd.grad(out.square().sum(), used) for out in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert len(asked) == 2
 
 
 def test_parameters_move_into_one_piece_once_and_stay_the_same_parameters():

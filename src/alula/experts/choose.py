@@ -76,7 +76,10 @@ def _update(
     tokens, slots, width = x.shape[0] * x.shape[1], chosen.slots, len(up[0])
     decodes = not torch.is_grad_enabled() and not x.is_cuda
     form = form_of(tokens=tokens, slots=slots, ranks=map(len, down), decodes=decodes)
-    if form == "dense" or (form == "grouped" and chosen.index is None) or torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling and form == "grouped" and chosen.index is not None and tokens * slots > DECODE_MANY:
+        return _outside_of_the_graph(x, chosen, down, up, scales, onto, dtype)
+    if form == "dense" or (form == "grouped" and chosen.index is None) or is_compiling:
         if chosen.index is not None and len(set(map(len, down))) == 1:
             weights, index = _expanded(chosen.weights, x), _expanded(chosen.index, x)
         else:
@@ -93,6 +96,20 @@ def _update(
     one_product = x.is_cuda and can_stack(rows, list(map(len, down)), width, dtype=dtype)
     grouped = stacked_update if one_product else grouped_update
     return grouped(rows, weights, index, down=down, up=up, scales=scales, onto=onto, in_place=in_place, dtype=dtype)
+
+
+@torch.compiler.disable
+def _outside_of_the_graph(
+    x: Tensor,
+    chosen: Chosen,
+    down: Sequence[Tensor],
+    up: Sequence[Tensor],
+    scales: Sequence[float],
+    onto: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sorting tokens by expert is no work for a compiler, and computing every expert of a large pool is work for nobody."""
+    return _update(x, chosen, down, up, scales, onto, False, dtype)
 
 
 def _fewer_slots(chosen: Chosen) -> Chosen:
