@@ -1,6 +1,7 @@
 """Answers by one token at a time: what a layer looked up for them is what the general path computes, and never another answer's."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -239,6 +240,16 @@ def test_a_copy_answers_with_its_own_tensors():
     for mixture in mixtures.sites.values():
         mixture.experts.B[1].data.zero_()
     assert torch.equal(decoded(twin, batch), before) and not torch.equal(decoded(model, batch), before)
+
+
+@pytest.mark.parametrize("routing", [TOLD, GATED])
+def test_a_pickled_model_answers_as_before(routing):
+    model, processor, mixtures = taught("llava")
+    mixtures.freeze()
+    mixtures.routing = routing
+    batch = one_row("llava", processor)
+    before = decoded(model, batch)
+    assert torch.equal(decoded(pickle.loads(pickle.dumps(model)), batch), before)
 
 
 def test_experts_of_another_type_than_their_host_take_the_general_path():

@@ -86,3 +86,8 @@ def test_groups_are_refused_where_every_expert_must_be_compared():
     valid = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(UserError, match="Groups go with"):
         router(torch.randn(1, 3, 4), Context(shape=(1, 3), routing=routing, image_mask=None, valid=valid, active=(0,)))
+
+
+def test_of_no_tokens_nobody_is_the_best():
+    best, index = Groups(torch.randn(6, 4)).best(torch.zeros(2, 0, 4), top_k=2, groups=1)
+    assert best.shape == index.shape == (2, 0, 2)

@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from alula.models.logits import keeping
 if TYPE_CHECKING:
     from alula.mixture.handle import Mixtures
 
+T = TypeVar("T")
 _NOT_IN_A_PROMPT_PASS = ("labels", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "num_logits_to_keep", KEYWORD)
+
+
+class PerCache(weakref.WeakKeyDictionary[Any, T]):
+    """What is known of the generation of each cache; a pickled model has no generation."""
+
+    def __reduce__(self) -> tuple[type["PerCache[T]"], tuple[()]]:
+        return type(self), ()
 
 
 class Director:
@@ -31,8 +39,8 @@ class Director:
 
     def __init__(self, mixtures: "Mixtures") -> None:
         self.mixtures = mixtures
-        self._decided: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._answers: weakref.WeakKeyDictionary[Any, Decoding] = weakref.WeakKeyDictionary()
+        self._decided: PerCache[Tensor] = PerCache()
+        self._answers: PerCache[Decoding] = PerCache()
         self._pending: Variable[Tensor | None] = Variable("alula_pending", None)
         self._route: Variable[Tensor | None] = Variable("alula_route", None)
         self._recorder: Variable[Recorder | None] = Variable("alula_recorder", None)

@@ -54,6 +54,8 @@ class Groups:
         With `either_sign`, their sizes. Where a token's groups hold fewer than `top_k` vectors, the rest is minus infinity and nobody's.
         """
         flat = x.reshape(-1, x.shape[-1])
+        if not len(flat):
+            return x.new_zeros(*x.shape[:2], top_k), self.members.new_zeros(*x.shape[:2], top_k)
         with torch.no_grad():
             chosen = self._fit(flat @ self.directions.T).topk(min(groups, len(self.sizes)), dim=-1).indices
             order = chosen.flatten().argsort(stable=True)
