@@ -33,7 +33,8 @@ def check_trackers(given: Accelerator | None, *, trackers: Sequence[str], folder
 def begin_trackers(accelerator: Accelerator, *, settings: TrainSettings, folder: Path | None) -> None:
     """Opens the trackers, with the settings as their configuration."""
     if accelerator.log_with:
-        config = {key: value for key, value in settings.model_dump().items() if value is not None}
+        said = {key: value for key, value in settings.model_dump().items() if value is not None}
+        config = {key: value if isinstance(value, int | float | str) else str(value) for key, value in said.items()}  # TensorBoard's types
         where = {} if folder is None else {"wandb": {"dir": str(folder)}}  # else it would write below the working directory
         accelerator.init_trackers("trackers" if folder is None else folder.name, config=config, init_kwargs=where)
 
