@@ -231,7 +231,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="everything once, tiny: does it run?")
     parser.add_argument("--models", nargs="+", default=["512 wide", "2048 wide", "2048 wide, short", "smol"], choices=[*MODELS, "smol"])
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8, 32, 64, 256])
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 8, 32, 64, 256])
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--layer-experts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--layer-width", type=int, default=1024)
@@ -261,12 +261,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ceilings = measure() if not options.small else measure(size=64, megabytes=1, repeats=1)
     found: dict[str, list[Row]] = {"layer": layer_rows(options, ceilings), "whole": [], "decoding": []}
-    for name in options.models:
-        found["whole"] += apart(whole_rows, name, options, ceilings)
-        text = written(found, options, ceilings)
-    for name in options.models:
-        found["decoding"] += apart(decode_rows, name, options, ceilings)
-        text = written(found, options, ceilings)
+    for kind, rows in (("decoding", decode_rows), ("whole", whole_rows)):  # the shorter one first
+        for name in options.models:
+            found[kind] += apart(rows, name, options, ceilings)
+            text = written(found, options, ceilings)
     print(text)
 
 
