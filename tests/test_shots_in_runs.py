@@ -136,6 +136,17 @@ def test_a_grid_can_be_about_few_shot_scores(grid):
     assert read_json(grid / "run" / "grid.json")["outcome"] == ["2shot"]
 
 
+def test_a_grid_in_bits_is_about_their_mean_too(grid, tmp_path):
+    raw = yaml.safe_load((grid / "grid.yaml").read_text())
+    tasks = [{**task, "scoring": "bits_per_byte"} for task in raw["tasks"]]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**raw, "tasks": tasks}))
+    run_grid(read_grid(tmp_path / "grid.yaml"), tmp_path / "run", say=lambda line: None, fail_fast=True)
+    first, *others = outcomes_of(read_ablation(tmp_path / "run"))
+    parts = [one.grand for one in others if one.name.startswith("2shot_")]
+    assert first.name == "2shot" and not first.is_higher_better and len(parts) == 2
+    assert first.grand == pytest.approx(np.mean(parts))
+
+
 def test_published_prompts_are_cut_and_compared_as_published(grid):
     (file,) = (grid / "run/points/0.001/cells").glob("*/predictions/row01/default/2shot_digits.jsonl")
     for line in read_jsonl(file):

@@ -110,9 +110,9 @@ def outcomes_of(ablation: Ablation) -> list[Outcome]:
         columns[AVERAGE] = [name for name in scores.names if name in scores.learnt]
     families: dict[str, list[str]] = {}
     for name in scores.names:
-        if name in scores.probes - scores.bits:
+        if name in scores.probes:
             families.setdefault(family_of(name), []).append(name)
-    columns |= {family: names for family, names in families.items() if len(names) > 1}
+    columns |= {family: chosen for family, names in families.items() if len(chosen := _alike(scores, names)) > 1}
     columns |= {name: [name] for name in scores.names}
     wanted = ablation.asked or ([AVERAGE] if AVERAGE in columns else sorted(scores.learnt))
     asked = [found for name in wanted if (found := _named(name, columns))] or list(columns)[:1]
