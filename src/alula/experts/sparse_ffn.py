@@ -24,7 +24,8 @@ def choose_experts(
 ) -> tuple[Float[Tensor, "groups tokens slots"], Int[Tensor, "groups tokens slots"]]:
     """The weights of each token's best experts, best first, and which they are. A dropped choice has weight 0.
 
-    Weights are the probabilities of the chosen experts over their sum, so that they sum to 1 where nothing is dropped.
+    Weights are the probabilities of the chosen experts over their sum, so that they sum to 1 where nothing is dropped; in float64, so
+    that experts that say the same in float32 are summed to just that.
 
     Args:
         top_k: choices of each token.
@@ -43,7 +44,7 @@ def choose_experts(
         chosen.append(left.argmax(dim=-1))
         left = left.scatter(-1, chosen[-1].unsqueeze(-1), -1.0)
     index = torch.stack(chosen, dim=-1)
-    weights = probabilities.gather(-1, index)
+    weights = probabilities.gather(-1, index).to(sum_type(probabilities))
     weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-9)
     if capacity is None:
         return weights, index
@@ -61,6 +62,12 @@ def _kept(index: Int[Tensor, "groups tokens slots"], *, experts: int, size: int)
         taken = taken + finds.sum(dim=1, keepdim=True)
         kept.append(finds.sum(dim=-1))
     return torch.stack(kept, dim=-1).float()
+
+
+def sum_type(said: Tensor) -> torch.dtype:
+    """The type in which outputs of several experts are weighted and summed: a wider one, so that what all say is rounded back to itself."""
+    has_wider = said.dtype in (torch.float32, torch.float64) and said.device.type != "mps"  # Apple's GPUs have no float64
+    return torch.float64 if has_wider else torch.float32
 
 
 class Gate(nn.Module):
@@ -100,7 +107,7 @@ class SparseFFN(nn.Module):
         nn.init.normal_(self.gate.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "*groups tokens dim"]) -> Float[Tensor, "*groups tokens dim"]:
-        """The chosen experts' outputs, weighted and summed; in float32 at least, so that 16-bit ones are rounded once."""
+        """The chosen experts' outputs, weighted and summed (see `sum_type`), rounded once."""
         groups = x.reshape(-1, *x.shape[-2:])
         weights, index = self.choose(self.gate(groups))
         rows, flat = groups.flatten(0, 1), index.flatten()
@@ -113,16 +120,17 @@ class SparseFFN(nn.Module):
         return summed(rows, experts, tokens, shares).view(x.shape)
 
     def _grouped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
-        part = grouped_outputs(self.experts, rows[tokens], experts) * shares
+        said = grouped_outputs(self.experts, rows[tokens], experts)
+        part = said * shares.to(sum_type(said))
         return torch.zeros_like(rows, dtype=part.dtype).index_add(0, tokens, part).to(rows.dtype)
 
     def _looped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
-        out, dtype, start = torch.zeros_like(rows, dtype=shares.dtype), rows.dtype, 0
+        out, dtype, start = torch.zeros_like(rows, dtype=sum_type(rows)), rows.dtype, 0
         for expert, count in zip(self.experts, torch.bincount(experts, minlength=len(self.experts)).tolist(), strict=False):
             here = slice(start, start + count)
             if count:
                 said = expert(rows[tokens[here]])
-                part, dtype = said * shares[here], said.dtype
+                part, dtype = said * shares[here].to(sum_type(said)), said.dtype
                 out = out.to(part.dtype).index_add(0, tokens[here], part)
             start += count
         return with_parameters(out.to(dtype), self.experts.parameters())  # with those of experts that nobody chose, too

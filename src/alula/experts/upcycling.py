@@ -5,7 +5,7 @@ every 2nd layer of 3B and 32 in every 4th of 7B, and does not say how they begin
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from alula.errors import UserError, nearest
 from alula.experts.sparse_ffn import SparseFFN, logged_scores
-from alula.models.anatomy import anatomy
+from alula.models.anatomy import Anatomy, anatomy
 from alula.models.loading import CHANGED_CLASSES
+from alula.models.loose_ffn import gathered, is_loose
 
 CONFIG = "alula_sparse_ffn"
 """The attribute of a model's configuration that says how it was upcycled."""
@@ -40,8 +41,8 @@ def upcycle(
         experts: networks in each such layer (1 or more).
         every: layers from one sparse network to the next; of 2, layers 1, 3, 5 ... counted from 0.
         top_k: experts of each token. With 1 the weights are all 1, and only balance losses teach the gate.
-        init: ``copy``: the experts begin as the dense network, so that the model's output is what it was: to the bit in 16-bit types, to
-            the last rounding in float32, as far as a matrix product's rows do not depend on their number; ``fresh``: as a new network
+        init: ``copy``: the experts begin as the dense network, so that the model's output is what it was, to the bit as far as a matrix
+            product's rows do not depend on their number (in float32 large products round otherwise); ``fresh``: as a new network
             would, with normal weights of the configuration's ``initializer_range``.
         capacity: of each expert in training, as a multiple of an even share (2 in MM1); None: no token is dropped.
 
@@ -63,10 +64,12 @@ def upcycle(
     if init not in WAYS:
         raise UserError(f"Unknown way to begin '{init}'. {nearest(init, WAYS)}")
     parts = anatomy(model)
-    found = {path: model.get_submodule(path) for path in parts.mlp if _layer(path, parts.layers) % every == every - 1}
+    found = _networks(model, parts, parts.layers[every - 1 :: every])
     _check(model, found)
     spread = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
     for path, dense in found.items():
+        above = model.get_submodule(path.rpartition(".")[0])
+        dense = gathered(above) if is_loose(above) else dense
         copies = [dense, *(copy.deepcopy(dense) for _ in range(experts - 1))]
         if init == "fresh":
             for each in copies:
@@ -77,15 +80,19 @@ def upcycle(
     return list(found)
 
 
-def _layer(path: str, layers: tuple[str, ...]) -> int:
-    return next(i for i, root in enumerate(layers) if path.startswith(f"{root}."))
+def _networks(model: nn.Module, parts: Anatomy, layers: Sequence[str]) -> dict[str, nn.Module]:
+    """The feed-forward networks of these layers by path; by that of its first linear where the layer holds them itself."""
+    own = [path for path in parts.mlp if any(path.startswith(f"{layer}.") for layer in layers)]
+    loose = [f"{layer}.fc1" for layer in layers if is_loose(model.get_submodule(layer))]
+    return {path: model.get_submodule(path) for path in own or loose}
 
 
 def _check(model: PreTrainedModel, found: Mapping[str, nn.Module]) -> None:
     if not found:
         raise UserError(
             f"{type(model).__name__} has no feed-forward network of its own in the layers asked for. Models whose decoder layers have an "
-            "'mlp' (Llama, Qwen, Gemma, SmolVLM ...) and an `every` up to their number of layers are accepted."
+            "'mlp' (Llama, Qwen, Gemma, SmolVLM ...) or 'fc1' and 'fc2' (OPT, BART ...) and an `every` up to their number of layers are "
+            "accepted."
         )
     for path, module in found.items():
         if isinstance(module, SparseFFN) or any(
@@ -194,4 +201,5 @@ def valid_tokens(attention_mask: Any, scores: torch.Tensor) -> torch.Tensor | No
         one = torch.eye(attention_mask.shape[-1], dtype=torch.bool, device=attention_mask.device)
         others = attention_mask[:, 0] & ~one
         attention_mask = others.any(dim=1) | others.any(dim=2)
-    return attention_mask.bool() if attention_mask.shape == scores.shape[:2] else None
+    fits = attention_mask.dim() == 2 and attention_mask.numel() == scores.shape[:2].numel()  # OPT shows all rows as one
+    return attention_mask.bool().reshape(scores.shape[:2]) if fits else None
