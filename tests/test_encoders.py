@@ -94,3 +94,17 @@ def test_the_patch_encoder_embeds_each_patch_with_its_row_and_column() -> None:
     torch.testing.assert_close(encoder(pixels), encoder.blocks(torch.stack(rows).view(2, 8, 12)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(encoder(pixels * 0.5 + 3), encoder(pixels), atol=1e-4, rtol=1e-3)  # light and contrast do not matter
     assert encoder(torch.full((1, 3, 32, 32), 0.7)).isfinite().all()
+
+
+@torch.no_grad()
+def test_rows_and_columns_of_the_patch_encoder_follow_the_resolution() -> None:
+    small = PatchEncoder(image_size=32, patch_size=(16, 8), dim=12, num_layers=1).eval()
+    large = PatchEncoder(image_size=64, trained_size=32, patch_size=(16, 8), dim=12, num_layers=1).eval()
+    large.load_state_dict(small.state_dict())
+    first, second = small.rows[:, 0]
+    rows = torch.stack([first, 0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second, second])  # halves of what is half as high
+    seen: list[torch.Tensor] = []
+    large.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].view(4, 8, 12)))
+    large(torch.zeros(1, 3, 64, 64))
+    torch.testing.assert_close(seen[0][:, :1] - seen[0][:1, :1], (rows - rows[0]).unsqueeze(1))
+    assert large.grid == (4, 8) and not torch.equal(seen[0][0, 1], seen[0][0, 2])

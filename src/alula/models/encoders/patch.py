@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from alula.models.encoders.base import ENCODERS, Encoder, count_patches
 from alula.models.heads import head_dim
@@ -25,9 +26,11 @@ class PatchEncoder(Encoder):
         dim: width.
         num_layers: blocks.
         num_heads: a divisor of `dim`.
+        trained_size: the image size that its rows and columns are for; at another `image_size` each is interpolated along its line.
+            None is `image_size`.
 
     Raises:
-        UserError: `image_size` is no multiple of a side of the patch, or `dim` of `num_heads`.
+        UserError: `image_size` or `trained_size` is no multiple of a side of the patch, or `dim` of `num_heads`.
 
     Example:
         >>> import torch
@@ -44,18 +47,23 @@ class PatchEncoder(Encoder):
         dim: int = 192,
         num_layers: int = 2,
         num_heads: int = 3,
+        trained_size: int | None = None,
     ) -> None:
         super().__init__()
         head_dim(dim, num_heads=num_heads, kind="Encoder 'patch'")
         self.height, self.width = patch_size
-        self.grid = (count_patches(image_size, self.height, name="patch"), count_patches(image_size, self.width, name="patch"))
+        self.grid = self._grid(image_size)
+        rows, columns = self._grid(trained_size or image_size)
         self.image_size, self.output_dim = image_size, dim
         self.embedding = nn.Linear(3 * self.height * self.width, dim)
-        self.rows = nn.Parameter(torch.empty(self.grid[0], 1, dim))
-        self.columns = nn.Parameter(torch.empty(1, self.grid[1], dim))
+        self.rows = nn.Parameter(torch.empty(rows, 1, dim))
+        self.columns = nn.Parameter(torch.empty(1, columns, dim))
         block = nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, num_layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self.reset_parameters()
+
+    def _grid(self, size: int) -> tuple[int, int]:
+        return count_patches(size, self.height, name="patch"), count_patches(size, self.width, name="patch")
 
     def reset_parameters(self) -> None:
         """Places from a truncated normal of 0.02."""
@@ -68,4 +76,13 @@ class PatchEncoder(Encoder):
         pixels = (pixel_values - mean) / deviation.clamp(min=pixel_values[0].numel() ** -0.5)  # one colour has no deviation
         cut = pixels.unfold(2, self.height, self.height).unfold(3, self.width, self.width)
         patches = self.embedding(cut.permute(0, 2, 3, 1, 4, 5).flatten(3))
-        return self.blocks((patches + self.rows + self.columns).flatten(1, 2))
+        rows, columns = _stretched(self.rows, self.grid[0], along=0), _stretched(self.columns, self.grid[1], along=1)
+        return self.blocks((patches + rows + columns).flatten(1, 2))
+
+
+def _stretched(places: Float[Tensor, "rows columns dim"], count: int, *, along: int) -> Float[Tensor, "rows columns dim"]:
+    """As many places in the same line; where they are as many already, those."""
+    if places.shape[along] == count:
+        return places
+    line = places.squeeze(1 - along).T.unsqueeze(0)
+    return functional.interpolate(line, size=count, mode="linear").squeeze(0).T.unsqueeze(1 - along)
