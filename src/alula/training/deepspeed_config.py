@@ -139,8 +139,8 @@ class Adam(Block):
     weight_decay: float | None = None
     """Decoupled."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Only those of torch."""
+    betas: tuple[float, float] | None = None
+    """Of the means of gradients and of their squares."""
 
     eps: float = 1e-8
     """Only that of torch."""
@@ -285,11 +285,8 @@ def _refuse_others(config: DeepSpeedConfig, where: str) -> None:
             f"{where}: 'optimizer' is {optimizer.type} with adam_w_mode {params.adam_w_mode}; alula's loop has AdamW, whose decay is "
             "decoupled. Write that, or take 'optimizer' out."
         )
-    if params.betas != (0.9, 0.999) or params.eps != 1e-8:
-        raise UserError(
-            f"{where}: 'optimizer.params' has betas {params.betas} and eps {params.eps}; alula's AdamW has (0.9, 0.999) and 1e-08. "
-            "Write those, or auto."
-        )
+    if params.eps != 1e-8:
+        raise UserError(f"{where}: 'optimizer.params' has eps {params.eps}; alula's AdamW has 1e-08. Write that, or auto.")
 
 
 def _without_auto(value: Any) -> Any:

