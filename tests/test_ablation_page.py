@@ -1,12 +1,13 @@
 """Effects that a hand can check, on the same test samples only, with intervals that chance alone rarely leaves zero out of."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from alula.evaluation.bootstrap import TaskSamples
+from alula.evaluation.bootstrap import Interval, TaskSamples
 from alula.evaluation.matrix import ScoreMatrix
 from alula.files import write_json, write_jsonl
 from alula.report.ablation import ablation_tables, build_ablation
@@ -14,7 +15,7 @@ from alula.report.effects import Additive, draw_starts, hold_together
 from alula.report.findings import write_findings
 from alula.report.grid_folder import Ablation, Point, read_ablation
 from alula.report.members import Member
-from alula.report.outcomes import outcomes_of
+from alula.report.outcomes import Estimate, outcomes_of
 from alula.report.reading import Cell
 from html_page import Page
 
@@ -249,6 +250,16 @@ def test_the_effects_of_a_folder_are_those_of_its_scores(tmp_path):
     assert lines[1].startswith("first: b is 42.0 points [")
     assert any("first matters more than second. That holds" in line for line in lines)
     assert not any("One seed only" in line for line in lines)
+
+
+def test_a_larger_difference_that_noise_could_explain_is_not_what_an_outcome_depends_on(tmp_path):
+    table = {("a", "x"): 10, ("a", "y"): 14, ("b", "x"): 50, ("b", "y"): 58}
+    ablation = read_ablation(written(tmp_path, table, seeds=2))
+    (outcome,) = outcomes_of(ablation)
+    noisy = Estimate(value=60.0, interval=Interval(low=-20.0, high=140.0))
+    vague = replace(outcome.factors[1], gap=noisy, draws=np.linspace(-20, 140, len(outcome.factors[1].draws)))
+    lines = said(ablation, [replace(outcome, factors=(vague, outcome.factors[0]))])
+    assert lines[0] == "The t depends most on first. It cannot be told apart from second in that."
 
 
 def test_nothing_is_called_clear_that_noise_could_explain(tmp_path):

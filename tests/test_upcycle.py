@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from alula import Collator, Stream, Task, Trainer, TrainSettings
 from alula.data.packing import PackingCollator
@@ -274,14 +283,45 @@ def test_statistics_say_who_got_how_much_and_what_was_dropped():
     assert first["dropped"] == pytest.approx(1 - 3 * 2 * int(11 / 4) / (2 * 30))
 
 
+BRIEF = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+OTHERS = {  # experts that add the residual themselves, and layers that write into what a network gave
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**BRIEF)),
+    "mpt": lambda: MptForCausalLM(MptConfig(vocab_size=40, d_model=16, n_heads=2, n_layers=2)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**BRIEF)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_unusual_calls_of_a_network_answer_and_train(name):
+    torch.manual_seed(0)
+    model = OTHERS[name]().eval()
+    with torch.no_grad():
+        dense = model(input_ids=tokens()).logits
+        (path,) = upcycle(model, experts=3)
+        assert torch.equal(model(input_ids=tokens()).logits, dense)
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in model.get_submodule(path).experts[2].parameters())
+
+
+def test_a_row_without_tokens_is_no_fault():
+    model = llama(num_hidden_layers=2)
+    upcycle(model)
+    assert networks(model)[0](torch.zeros(1, 0, 16)).shape == (1, 0, 16)
+
+
 def test_what_cannot_be_upcycled_is_refused():
-    for options in ({"experts": 0}, {"top_k": 9}, {"every": 0}, {"capacity": 0.0}):
+    wrong = ({"experts": 0}, {"top_k": 9}, {"every": 0}, {"capacity": 0.0}, {"experts": "4"}, {"every": 1.5}, {"capacity": float("nan")})
+    for options in wrong:
         with pytest.raises(UserError, match="Correct them"):
             upcycle(llama(), **options)
     with pytest.raises(UserError, match="Did you mean 'copy'"):
         upcycle(llama(), init="copies")
     with pytest.raises(UserError, match="no feed-forward network"):
         upcycle(llama(), every=9)
+    twice = llama()
+    upcycle(twice, every=3)
+    with pytest.raises(UserError, match="already"):
+        upcycle(twice, every=2)  # layers 1 and 3, of which none is sparse
     settings = TrainSettings(steps=1)
     with pytest.raises(UserError, match="no sparse feed-forward"):
         model = llama()

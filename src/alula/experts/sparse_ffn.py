@@ -106,9 +106,15 @@ class SparseFFN(nn.Module):
         self.top_k, self.capacity = top_k, capacity
         nn.init.normal_(self.gate.weight, std=0.02)
 
-    def forward(self, x: Float[Tensor, "*groups tokens dim"]) -> Float[Tensor, "*groups tokens dim"]:
-        """The chosen experts' outputs, weighted and summed (see `sum_type`), rounded once."""
-        groups = x.reshape(-1, *x.shape[-2:])
+    def forward(
+        self, x: Float[Tensor, "*groups tokens dim"], residual: Float[Tensor, "*groups tokens dim"] | None = None
+    ) -> Float[Tensor, "*groups tokens dim"]:
+        """The chosen experts' outputs, weighted and summed (see `sum_type`), rounded once.
+
+        Args:
+            residual: what the experts take as a second input and add to their output (Bloom, MPT); it is added once.
+        """
+        groups = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
         weights, index = self.choose(self.gate(groups))
         rows, flat = groups.flatten(0, 1), index.flatten()
         is_grouped = can_group(self.experts, rows)
@@ -116,24 +122,29 @@ class SparseFFN(nn.Module):
             flat = flat.masked_fill(weights.flatten() == 0, len(self.experts))
         experts, order = flat.sort(stable=True)
         tokens, shares = order.div(self.top_k, rounding_mode="floor"), weights.flatten()[order].unsqueeze(1)
-        summed = self._grouped if is_grouped else self._looped
-        return summed(rows, experts, tokens, shares).view(x.shape)
+        if is_grouped:
+            out = self._grouped(rows, experts, tokens, shares)
+        else:
+            out = self._looped(rows, experts, tokens, shares, adds=residual is not None)
+        return out.view(x.shape) if residual is None else residual + out.view(x.shape)
 
     def _grouped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
         said = grouped_outputs(self.experts, rows[tokens], experts)
         part = said * shares.to(sum_type(said))
         return torch.zeros_like(rows, dtype=part.dtype).index_add(0, tokens, part).to(rows.dtype)
 
-    def _looped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor) -> Float[Tensor, "tokens dim"]:
+    def _looped(self, rows: Tensor, experts: Tensor, tokens: Tensor, shares: Tensor, *, adds: bool) -> Float[Tensor, "tokens dim"]:
         out, dtype, start = torch.zeros_like(rows, dtype=sum_type(rows)), rows.dtype, 0
         for expert, count in zip(self.experts, torch.bincount(experts, minlength=len(self.experts)).tolist(), strict=False):
             here = slice(start, start + count)
             if count:
-                said = expert(rows[tokens[here]])
+                own = rows[tokens[here]]
+                said = expert(own, torch.zeros_like(own)) if adds else expert(own)
                 part, dtype = said * shares[here].to(sum_type(said)), said.dtype
                 out = out.to(part.dtype).index_add(0, tokens[here], part)
             start += count
-        return with_parameters(out.to(dtype), self.experts.parameters())  # with those of experts that nobody chose, too
+        # Those of experts that nobody chose, too. A copy, for the model may write into it.
+        return with_parameters(out, self.experts.parameters()).to(dtype, copy=True)
 
     def choose(self, scores: Scores) -> tuple[Tensor, Tensor]:
         """Weights and experts of each token; capacity holds in training only."""

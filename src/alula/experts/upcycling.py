@@ -5,6 +5,7 @@ every 2nd layer of 3B and 32 in every 4th of 7B, and does not say how they begin
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from alula.errors import UserError, nearest
-from alula.experts.sparse_ffn import SparseFFN, logged_scores
+from alula.experts.sparse_ffn import SparseFFN, is_sparse, logged_scores
 from alula.models.anatomy import Anatomy, anatomy
 from alula.models.loading import CHANGED_CLASSES
 from alula.models.loose_ffn import gathered, is_loose
@@ -56,13 +57,7 @@ def upcycle(
         >>> upcycle(LlamaForCausalLM(config), experts=4)
         ['model.layers.1.mlp', 'model.layers.3.mlp']
     """
-    if experts < 1 or every < 1 or not 1 <= top_k <= experts or (capacity is not None and capacity <= 0):
-        raise UserError(
-            f"experts {experts}, every {every}, top_k {top_k}, capacity {capacity} came. Numbers from 1 up, top_k at most the number of "
-            "experts and a capacity above 0 or None are accepted. Correct them."
-        )
-    if init not in WAYS:
-        raise UserError(f"Unknown way to begin '{init}'. {nearest(init, WAYS)}")
+    check_upcycling(experts=experts, every=every, top_k=top_k, init=init, capacity=capacity)
     parts = anatomy(model)
     found = _networks(model, parts, parts.layers[every - 1 :: every])
     _check(model, found)
@@ -80,6 +75,23 @@ def upcycle(
     return list(found)
 
 
+def check_upcycling(*, experts: int = 8, every: int = 2, top_k: int = 2, init: str = "copy", capacity: float | None = None) -> None:
+    """Refuses what `upcycle` refuses of any model.
+
+    Raises:
+        UserError: numbers out of range or of another type, or an unknown way to begin.
+    """
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in (experts, every, top_k))
+    has_room = capacity is None or (isinstance(capacity, int | float) and 0 < capacity < math.inf)
+    if not (whole and top_k <= experts and has_room):
+        raise UserError(
+            f"experts {experts!r}, every {every!r}, top_k {top_k!r}, capacity {capacity!r} came. Whole numbers from 1 up, top_k at most "
+            "the number of experts and a capacity above 0 or None are accepted. Correct them."
+        )
+    if init not in WAYS:
+        raise UserError(f"Unknown way to begin '{init}'. {nearest(init, WAYS)}")
+
+
 def _networks(model: nn.Module, parts: Anatomy, layers: Sequence[str]) -> dict[str, nn.Module]:
     """The feed-forward networks of these layers by path; by that of its first linear where the layer holds them itself."""
     own = [path for path in parts.mlp if any(path.startswith(f"{layer}.") for layer in layers)]
@@ -94,10 +106,12 @@ def _check(model: PreTrainedModel, found: Mapping[str, nn.Module]) -> None:
             "'mlp' (Llama, Qwen, Gemma, SmolVLM ...) or 'fc1' and 'fc2' (OPT, BART ...) and an `every` up to their number of layers are "
             "accepted."
         )
+    if is_sparse(model):
+        raise UserError(
+            f"This {type(model).__name__} was upcycled already; a second time would forget the first. Start from a dense model."
+        )
     for path, module in found.items():
-        if isinstance(module, SparseFFN) or any(
-            name.rpartition(".")[2] in ("experts", "gate", "router") for name, _ in module.named_modules()
-        ):
+        if any(name.rpartition(".")[2] in ("experts", "gate", "router") for name, _ in module.named_modules()):
             raise UserError(f"{path} is a mixture of experts already ({type(module).__name__}). Start from a dense model.")
 
 

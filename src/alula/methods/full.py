@@ -1,7 +1,9 @@
 """Training the whole decoder: what people do first, and what forgets most."""
 
 from dataclasses import replace
+from typing import Annotated
 
+from pydantic import Field
 from torch import nn
 
 from alula.data.stream import Stream, Task, merge_tasks
@@ -33,9 +35,9 @@ class FullDecoder(Method):
         *,
         settings: TrainSettings,
         connector: bool = False,
-        connector_learning_rate: float | None = None,
+        connector_learning_rate: Annotated[float, Field(gt=0)] | None = None,
         encoder: bool = False,
-        encoder_learning_rate: float | None = None,
+        encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None,
     ) -> None:
         super().__init__(model, settings=settings)
         parts = anatomy(model)

@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from alula.adapters import AdapterConfig, Adapters, attach_adapters
@@ -51,10 +52,10 @@ class MoME(Method):
         model: nn.Module,
         *,
         settings: TrainSettings,
-        single_ratio: float = 0.5,
+        single_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5,
         connector: bool = True,
-        connector_learning_rate: float | None = None,
-        load_balance: float = 0.0,
+        connector_learning_rate: Annotated[float, Field(gt=0)] | None = None,
+        load_balance: Annotated[float, Field(ge=0)] = 0.0,
         tokenizer: Any = None,
         **options: Any,
     ) -> None:

@@ -37,9 +37,10 @@ def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Mark
 
 def _most(outcome: Outcome) -> Markup:
     """Which factor matters most, and which it cannot be told apart from."""
-    first, *others = outcome.factors
-    if not any(factor.gap.is_clear for factor in outcome.factors):
+    first = next((factor for factor in outcome.factors if factor.gap.is_clear), None)
+    if first is None:
         return Markup("No factor makes a difference to the {} that is more than noise.").format(outcome.name)
+    others = [factor for factor in outcome.factors if factor is not first]
     said = Markup("The {} depends most on <b>{}</b>.").format(outcome.name, first.name)
     close = [other.name for other in others if np.isfinite(other.gap.value) and not _is_more(first, other)]
     return said + Markup(" It cannot be told apart from {} in that.").format(listed(close)) if close else said

@@ -15,7 +15,7 @@ from alula.data.readers import check_images, find_splits, read_test
 from alula.data.stream import Stream, Task
 from alula.data.tasks import TASKS, load_task
 from alula.errors import UserError, nearest
-from alula.experts.upcycling import upcycle
+from alula.experts.upcycling import check_upcycling, upcycle
 from alula.models import load_model
 from alula.models.composition import EMBEDDED, compose, plan_composition
 from alula.models.loading import DTYPES, FOUR_BIT, find_device
@@ -120,10 +120,15 @@ def check_model(recipe: Recipe) -> None:
         for key in given:
             if key not in known:
                 raise UserError(f"Unknown key 'model.{what}.{key}'. {nearest(key, known)}")
+    if chosen.upcycle is not None:
+        check_upcycling(**chosen.upcycle)
     if chosen.encoder is not None:
         if recipe.dtype == FOUR_BIT:
             raise UserError("dtype 4bit came for a model out of parts, which are loaded one by one. Take 4bit out, or name a whole model.")
-        plan_composition(**{key: value for key, value in _parts(chosen).items() if key != "chat_template"})
+        plan = plan_composition(**{key: value for key, value in _parts(chosen).items() if key != "chat_template"})
+        layers, every = plan.config.get_text_config(decoder=True).num_hidden_layers, (chosen.upcycle or {}).get("every", 1)
+        if every > layers:
+            raise UserError(f"model.upcycle.every: {every} came for a decoder of {layers} layers, so none is upcycled. Set 1 to {layers}.")
 
 
 def _parts(choice: ModelChoice) -> dict[str, Any]:
