@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, DINOv3ViTConfig, LlamaForCausalLM
+from transformers import Aimv2VisionConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 from alula.errors import UserError
 from alula.files import read_tensors, write_tensors
@@ -14,7 +14,7 @@ from composed_models import HAS_PACKAGES, PATCH, VIT, asked, picture, save_backb
 
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
-DINOV3 = DINOv3ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
+AIMV2 = Aimv2VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (VIT, {"name": "mlp", "input_dim": 16}, r"input_dim=16, but the encoder 'vit' is 12 wide: 16 - 12 = 4"),
         (VIT, {"name": "mlp", "output_dim": 64}, r"output_dim=64, but the backbone is 32 wide: 64 - 32 = 32"),
         (VIT, {"name": "c_abstractor", "num_tokens": 12}, r"no square: 3 x 3 = 9, 4 x 4 = 16"),
-        ({"name": "hf", "config": DINOV3.to_dict(), "image_size": 96}, "mlp", r"4 x 4 = 16 positions. image_size=96 needs 6 x 6 = 36"),
+        ({"name": "hf", "config": AIMV2.to_dict(), "image_size": 96}, "mlp", r"4 x 4 = 16 positions. image_size=96 needs 6 x 6 = 36"),
         ([VIT, PATCH], "mlp", r"16 and 8 tokens"),
         ({**VIT, "image_size": 30}, "mlp", r"30 = 3 x 8 \+ 6"),
         ({**VIT, "colour": 1}, "mlp", r"Encoder 'vit' refuses .*colour"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import CLIPVisionConfig, Dinov2Config, DINOv3ViTConfig, SiglipVisionConfig, ViTConfig
+from transformers import Aimv2VisionConfig, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, ViTConfig
 
 from alula.errors import UserError
 from alula.models.encoders import ENCODERS, HfEncoder, PatchEncoder, VitEncoder
@@ -41,7 +41,7 @@ def test_positions_are_interpolated_at_another_resolution(kind: type) -> None:
 
 
 def test_an_unknown_position_scheme_at_another_resolution_is_refused_with_the_arithmetic() -> None:
-    config = DINOv3ViTConfig(**SMALL | {"hidden_size": 16}).to_dict()
+    config = Aimv2VisionConfig(**SMALL | {"hidden_size": 16}).to_dict()
     assert HfEncoder(config=config).grid == (2, 2)
     with pytest.raises(UserError, match=r"16 / 8 = 2, 2 x 2 = 4 positions. image_size=32 needs 4 x 4 = 16.*Set image_size=16"):
         HfEncoder(config=config, image_size=32)

@@ -12,12 +12,14 @@ SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "nu
 MAPS = {"hidden_sizes": [8] * 4, "depths": [1] * 4}
 # the fields of a tiny one, the grid of its 64 pixels, and the tokens in front
 TAKEN = {
+    "Aimv2Vision": (VIT | {"is_native": True}, 4, 0),
     "AltCLIPVision": (VIT, 4, 1),
     "BlipVision": (VIT, 4, 1),
     "CLIPSegVision": (VIT, 4, 1),
     "CLIPVision": (VIT, 4, 1),
     "ConvNext": (MAPS | {"image_size": 64}, 2, 0),
     "DeiT": (VIT, 4, 2),
+    "DINOv3ViT": (VIT | {"num_register_tokens": 4}, 4, 5),
     "Dinov2WithRegisters": (VIT, 4, 5),
     "FlavaImage": (VIT, 4, 1),
     "GitVision": (VIT, 4, 1),
@@ -59,7 +61,7 @@ def test_rows_stand_where_they_are_in_the_picture_and_images_do_not_mix(name):
         assert (encoder(changed) - rows).norm(dim=-1).argmax(-1).tolist() == [row * side + column] * 2
 
 
-@pytest.mark.parametrize("name", ["ConvNext", "InternVLVision", "Swin"])
+@pytest.mark.parametrize("name", ["Aimv2Vision", "ConvNext", "DINOv3ViT", "InternVLVision", "Swin"])
 def test_another_resolution_gives_another_grid(name):
     fields, side, _ = TAKEN[name]
     encoder = HfEncoder(config=configuration(name, fields), image_size=128, layer=-2)

@@ -36,7 +36,8 @@ class HfEncoder(Encoder):
         config: `to_dict()` of the vision model's configuration.
         layer: which hidden state to take; -1 is the last, -2 the one before (LLaVA's choice for CLIP).
         image_size: pixels, a multiple of the patch size; at another resolution than the configuration's the position embeddings are
-            interpolated. None is the configuration's; those of some convolutional networks name none.
+            interpolated, or computed anew where they are no parameters (DINOv3). None is the configuration's; those of some
+            convolutional networks name none.
 
     Raises:
         UserError: there is no such model or configuration; it does not take pixels alone; what it gives is neither one row a patch nor
@@ -138,7 +139,8 @@ class HfEncoder(Encoder):
         """Whether the positions of the patches can be made for another resolution."""
         patch = trained // old
         new = count_patches(self.image_size, patch, name="hf")
-        if METHOD not in self.keywords and not any(hasattr(module, METHOD) for module in self.model.modules()):
+        has_method = METHOD in self.keywords or any(hasattr(module, METHOD) for module in self.model.modules())
+        if not has_method and any("pos" in name for name, _ in self.model.named_parameters()):  # else they are computed, as by rotation
             raise UserError(
                 f"{self._name} was trained at {trained} pixels: {trained} / {patch} = {old}, {old} x {old} = {old**2} positions. "
                 f"image_size={self.image_size} needs {new} x {new} = {new**2}, and this class has no {METHOD} to make them. "
