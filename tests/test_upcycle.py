@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -19,8 +17,7 @@ from alula import Collator, Stream, Task, Trainer, TrainSettings
 from alula.data.packing import PackingCollator
 from alula.data.sample import Sample
 from alula.errors import UserError
-from alula.experts.gated_products import grouped_outputs, is_gated
-from alula.experts.sparse_ffn import ScoreLog, SparseFFN, choose_experts, logged_scores
+from alula.experts.sparse_ffn import ScoreLog, SparseFFN, logged_scores
 from alula.experts.upcycling import load_upcycled, routing_statistics, upcycle, valid_tokens
 from alula.files import read_jsonl
 from alula.methods import METHODS, compose
@@ -52,53 +49,6 @@ def balance(model, inputs):
     with logged_scores(model) as log:
         model(**inputs)
     return torch.stack([load_balance_loss(scores, inputs["attention_mask"].bool()) for scores in log.take().values()]).mean()
-
-
-def top2_of_mm1(logits, cf=2.0):
-    """The definition as published: [G,S,E] -> gates [G,S,E], load balance, z."""
-    _, S, E = logits.shape
-    p, capacity = logits.float().softmax(-1), int(S * cf / E)
-    m1 = F.one_hot(p.argmax(-1), E).float()
-    m2 = F.one_hot((p * (1 - m1)).argmax(-1), E).float()
-    g1, g2 = (p * m1).sum(-1), (p * m2).sum(-1)
-    lb, z = E * E * (m1.mean(1) * p.mean(1)).mean(), logits.float().logsumexp(-1).square().mean()
-    k1 = m1 * (m1.cumsum(1) - m1 < capacity)
-    k2 = m2 * (m2.cumsum(1) - m2 + k1.sum(1, keepdim=True) < capacity)
-    total = (g1 + g2 + 1e-9)[..., None]
-    return g1[..., None] / total * k1 + g2[..., None] / total * k2, lb, z
-
-
-@pytest.mark.parametrize(("experts", "capacity"), [(4, 2.0), (4, 0.5), (8, 1.0), (3, 1.25), (2, 2.0)])
-def test_gating_and_losses_are_those_of_mm1(experts, capacity):
-    scores = torch.randn(5, 24, experts) * 2
-    scores[..., 0] += 1.5  # a favourite, so that places run out
-    gates, balance, z = top2_of_mm1(scores, capacity)
-    weights, index = choose_experts(scores, top_k=2, capacity=capacity)
-    torch.testing.assert_close(torch.zeros_like(scores).scatter(-1, index, weights.float()), gates, atol=1e-6, rtol=0)
-    torch.testing.assert_close(load_balance_loss(scores), balance)
-    torch.testing.assert_close(router_z_loss(scores), z)
-    places = torch.zeros_like(scores).scatter(-1, index, (weights > 0).float()).sum(1)
-    assert places.max() == int(24 * capacity / experts) or (weights > 0).all()
-    kept = (weights > 0).all(-1)
-    torch.testing.assert_close(weights[kept].sum(-1), torch.ones(int(kept.sum()), dtype=torch.float64))
-    assert (choose_experts(scores, top_k=2, capacity=None)[0] > 0).all()
-
-
-def test_every_expert_has_a_place_in_a_row_shorter_than_the_published_capacity_gives_one():
-    weights, index = choose_experts(torch.randn(3, 7, 64), top_k=2, capacity=2.0)  # int(7 * 2 / 64) is 0
-    taken = torch.zeros(3, 7, 64).scatter(-1, index, (weights > 0).float()).sum(1)
-    assert taken.max() == 1 and (weights[:, 0, 0] > 0).all()
-
-
-def test_balance_is_one_where_the_load_is_even_and_ignores_padding():
-    even = 50.0 * torch.eye(4).repeat(1, 3, 1)
-    assert load_balance_loss(even).item() == pytest.approx(1)
-    one_sided = torch.zeros(1, 12, 4)
-    one_sided[..., 2] = 50.0
-    assert load_balance_loss(one_sided).item() == pytest.approx(4)
-    valid = torch.tensor([[True] * 12 + [False] * 12])
-    for loss in (load_balance_loss, router_z_loss):
-        torch.testing.assert_close(loss(torch.cat([even, one_sided], dim=1), valid), loss(even))
 
 
 def model_and_batch(name):
@@ -159,40 +109,6 @@ def test_fresh_experts_are_new_and_differ():
     first, second, _ = networks(model)[0].experts
     assert not torch.equal(first.up_proj.weight, second.up_proj.weight) and not torch.equal(first.up_proj.weight, dense)
     assert first.up_proj.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
-
-
-def test_a_sparse_network_is_the_weighted_sum_of_its_experts():
-    torch.manual_seed(1)
-    ffn = SparseFFN([nn.Linear(6, 6) for _ in range(4)], dim=6, top_k=2, capacity=1.0)
-    nn.init.normal_(ffn.gate.weight, std=2.0)
-    x = torch.randn(2, 9, 6, requires_grad=True)
-    for mode in (True, False):
-        ffn.train(mode)
-        weights, index = choose_experts(ffn.gate(x), top_k=2, capacity=1.0 if mode else None)
-        by_hand = sum(weights[..., s, None] * torch.stack([e(x) for e in ffn.experts], -2).gather(
-            -2, index[..., s, None, None].expand(-1, -1, 1, 6)).squeeze(-2) for s in range(2))  # fmt: skip
-        torch.testing.assert_close(ffn(x), by_hand.float())
-        wanted = torch.autograd.grad(by_hand.square().sum(), [x, *ffn.parameters()])
-        found = torch.autograd.grad(ffn(x).square().sum(), [x, *ffn.parameters()])
-        torch.testing.assert_close(found, wanted)
-
-
-def test_grouped_products_give_what_the_loop_gives():
-    mlp = llama(hidden_size=32, intermediate_size=64).model.layers[0].mlp
-    torch.manual_seed(2)
-    experts = nn.ModuleList()
-    for _ in range(3):
-        experts.append(type(mlp)(LlamaConfig(**{**SIZES, "hidden_size": 32, "intermediate_size": 64})).bfloat16())
-    assert all(map(is_gated, experts)) and not is_gated(nn.Linear(4, 4))
-    rows, index = torch.randn(20, 32, dtype=torch.bfloat16, requires_grad=True), torch.arange(20) // 8  # 8, 8, 4
-    by_hand = torch.cat([expert(rows[index == i]) for i, expert in enumerate(experts)])
-    found = grouped_outputs(experts, rows, index)
-    torch.testing.assert_close(found, by_hand, atol=2e-2, rtol=2e-2)
-    inputs = [rows, *experts.parameters()]
-    for one, two in zip(
-        torch.autograd.grad(found.square().sum(), inputs), torch.autograd.grad(by_hand.square().sum(), inputs), strict=True
-    ):
-        torch.testing.assert_close(one, two, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_vl", "blip_2"])
