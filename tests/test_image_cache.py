@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from alula import Collator, Stream, Task, Trainer, TrainSettings
+from alula import Collator, Stream, Task, Trainer, TrainSettings, compose
 from alula.config import check_recipe
 from alula.errors import UserError
 from alula.files import read_jsonl
 from alula.methods import METHODS
 from alula.models.anatomy import anatomy
-from alula.models.image_cache import ImageCache, cache_images
+from alula.models.image_cache import ImageCache, _settings, cache_images
 from alula.running.cells import list_cells
 from alula.training.trainable import set_modes
 from composed_models import batch_of, make_processor, picture, tiny_model
@@ -67,6 +67,34 @@ def test_another_weight_of_the_encoder_is_another_encoder(pixels, tmp_path):
         next(model.vision_tower.parameters()).mul_(2)
     assert not torch.equal(model.get_image_features(pixels).last_hidden_state, before)
     assert (cache.hits, cache.misses) == (0, 6)
+
+
+def two_encoders(**statistics):
+    part = {"name": "vit", "image_size": 32, "patch_size": 8, "dim": 24, "num_layers": 1}
+    torch.manual_seed(0)
+    return compose("smol", [part, {**part, **statistics}], [{"name": "average_pool", "num_tokens": 4}] * 2)[0].requires_grad_(False).eval()
+
+
+def test_another_normalisation_of_one_of_several_encoders_is_another_encoder(pixels, tmp_path):
+    model, other = (two_encoders(image_mean=[value] * 3, image_std=[value] * 3) for value in (0.5, 0.25))
+    other.load_state_dict(model.state_dict())
+    alone = torch.cat([other.get_image_features(image).pooler_output for image in pixels.split(1)])
+    cache_images(model, tmp_path)
+    cache = cache_images(other, tmp_path)
+    model.get_image_features(pixels)
+    torch.testing.assert_close(other.get_image_features(pixels).pooler_output, alone)
+    assert (cache.hits, cache.misses) == (0, 3)
+
+
+def test_settings_are_read_however_deep_they_are_nested_and_name_no_place_in_memory():
+    def settings(value):
+        module = torch.nn.Module()
+        module.made_of = value
+        return repr(_settings(module))
+
+    assert settings([{"a": ({"b": [1, None]},)}]) != settings([{"a": ({"b": [2, None]},)}])
+    assert settings({"a": 1}) != settings({"a": True}) != settings({"a": "True"})
+    assert settings([object(), {"a": torch.zeros(1)}]) == settings([object(), {"a": torch.ones(1)}])
 
 
 def test_a_connector_may_change_beside_the_cache(pixels, tmp_path):

@@ -5,6 +5,7 @@ What is kept is the encoder's output, so a connector may train, be mixed or be e
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +123,24 @@ def _refuse_changing(encoder: nn.Module) -> None:
 
 
 def _settings(encoder: nn.Module) -> list[dict[str, Any]]:
-    """What is in no weight: strides, the layer that is read, the kind of attention."""
-    kinds = (bool, int, float, str, tuple, type(None))
+    """What is in no weight: strides, the layer that is read, how pixels are normalised, the kind of attention."""
     found = []
     for module in encoder.modules():
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name[0] != "_" and name != "training"}
+        plain = {name: _plain(value) for name, value in vars(module).items() if name[0] != "_" and name != "training"}
         config = getattr(module, "config", None)
         found.append(
             {**plain, "config": config.to_json_string() if config else "", "attention": getattr(config, "_attn_implementation", "")}
         )
     return found
+
+
+def _plain(value: object) -> object:
+    """Numbers and words, in lists and mappings however deep; of anything else its class, as its repr may name a place in memory."""
+    if isinstance(value, Mapping):
+        return {repr(_plain(key)): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, bool | int | float | str | None) else type(value).__qualname__
 
 
 def _is_group(encoder: nn.Module) -> bool:
