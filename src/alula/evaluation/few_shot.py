@@ -4,11 +4,11 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import islice
 from typing import Any
-
-from PIL.Image import Image
 
 from alula.data.collate import Collator
 from alula.data.interleaved.embedding import Embed
@@ -26,7 +26,6 @@ PROMPTS = {"vqa": "{images} Question: {question} Short answer:", "caption": "{im
 """Published prompts, one line a shot, without a chat template. Source: MM1 (arXiv 2403.09611), after Flamingo (arXiv 2204.14198)."""
 FORMS = (CHAT, *PROMPTS)
 WAYS = ("seed", "similarity")
-Key = tuple[object, ...]
 
 
 class Budget:
@@ -125,11 +124,11 @@ def few_shot(
     """
     _check(task, shots=shots, by=by, form=form)
     pool, samples = list(task.train or task.test), list(task.test)[:limit]
-    asked = list(_with_same(samples, pool))
+    same = Sameness()
     if by == "similarity" and shots:
-        chosen = _similar(task.name, asked, pool, shots, embed)
+        chosen = _similar(task.name, samples, pool, shots, embed, same)
     else:
-        chosen = [_drawn(pool, sample, shots, excluded, f"few_shot/{task.name}/{seed}") for sample, excluded in asked]
+        chosen = [_drawn(pool, sample, shots, same, f"few_shot/{task.name}/{seed}") for sample in samples]
     room = budget.context - task.max_new_tokens if budget else None
     test = [_fitting(sample, found, form=form, budget=budget, room=room) for sample, found in zip(samples, chosen, strict=True)]
     return FewShot(
@@ -180,48 +179,60 @@ def _check(task: Task, *, shots: int, by: str, form: str) -> None:
         )
 
 
-def _key(sample: Sample) -> Key:
-    """What makes two samples the same question: the words and the pixels or bytes."""
-    return (sample.question, *map(_image_key, sample.images))
+class Sameness:
+    """Whether two samples are the same question: the same id, or the same words and pixels, however the pictures came.
+
+    Pictures are decoded only where the words agree, and once. The samples must outlive it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, bytes] = {}
+
+    def __call__(self, one: Sample, other: Sample) -> bool:
+        """Whether `one` and `other` are."""
+        if one.id == other.id:
+            return True
+        is_alike = one.question == other.question and len(one.images) == len(other.images)
+        return is_alike and (not one.images or self._pixels(one) == self._pixels(other))
+
+    def _pixels(self, sample: Sample) -> bytes:
+        if id(sample) not in self._seen:
+            digest = sha256()
+            for image in sample.open_images():
+                digest.update(f"{image.size}".encode() + image.tobytes())
+            self._seen[id(sample)] = digest.digest()
+        return self._seen[id(sample)]
 
 
-def _image_key(source: ImageSource) -> object:
-    return (source.size, source.mode, source.tobytes()) if isinstance(source, Image) else source
-
-
-def _with_same(test: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[tuple[Sample, set[int]]]:
-    """Each test sample, with the places in `pool` where it stands itself."""
-    places: dict[object, set[int]] = {}
-    for place, sample in enumerate(pool):
-        for key in (sample.id, _key(sample)):
-            places.setdefault(key, set()).add(place)
-    for sample in test:
-        yield sample, places.get(sample.id, set()) | places.get(_key(sample), set())
-
-
-def _drawn(pool: Sequence[Sample], sample: Sample, count: int, excluded: set[int], key: str) -> list[Sample]:
+def _drawn(pool: Sequence[Sample], sample: Sample, count: int, same: Sameness, key: str) -> list[Sample]:
     """`count` of `pool`, one after another: fewer are a beginning of more."""
     rng = generator(key, sample.id)
-    found: dict[int, None] = {}
-    while len(found) < min(count, len(pool) - len(excluded)):
+    tried: set[int] = set()
+    found: list[Sample] = []
+    while len(found) < count and len(tried) < len(pool):
         place = rng.randrange(len(pool))
-        if place not in excluded:
-            found[place] = None
-    return [pool[place] for place in found]
+        if place not in tried and not same(pool[place], sample):
+            found.append(pool[place])
+        tried.add(place)
+    return found
 
 
 def _similar(
-    name: str, asked: Sequence[tuple[Sample, set[int]]], pool: Sequence[Sample], count: int, embed: Embed | None
+    name: str, asked: Sequence[Sample], pool: Sequence[Sample], count: int, embed: Embed | None, same: Sameness
 ) -> list[list[Sample]]:
-    """For each sample asked the `count` of `pool` with the most similar questions, nearest first."""
+    """For each of `asked` the `count` of `pool` with the most similar questions, nearest first."""
     if embed is None:
         raise UserError("Shots by similarity came without an encoder of sentences. Give one, such as load_embedder('minilm').")
     questions = [sample.question for sample in pool]
     if len(set(questions)) == 1:
         raise UserError(f"Task '{name}' asks one question of every picture: none is more similar. Choose shots by seed.")
-    most = count + max((len(excluded) for _, excluded in asked), default=0)
-    found = nearest_texts([sample.question for sample, _ in asked], questions, embed=embed, count=most)
-    return [[pool[place] for place in places if place not in excluded][:count] for (_, excluded), places in zip(asked, found, strict=True)]
+    alike, named = Counter(questions), Counter(sample.id for sample in pool)
+    most = count + max((alike[sample.question] + named[sample.id] for sample in asked), default=0)  # so many may be the sample itself
+    found = nearest_texts([sample.question for sample in asked], questions, embed=embed, count=most)
+    return [
+        list(islice((pool[place] for place in places if not same(pool[place], sample)), count))
+        for sample, places in zip(asked, found, strict=True)
+    ]
 
 
 def _fitting(sample: Sample, shots: Sequence[Sample], *, form: str, budget: Budget | None, room: int | None) -> tuple[Sample, int, bool]:
