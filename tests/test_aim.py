@@ -114,6 +114,13 @@ def test_what_is_drawn_follows_from_the_batch_and_the_seed():
     assert PrefixCollator(plain, num_patches=64)(samples()[::-1])["prefix"].tolist()[::-1] != found[0]
 
 
+def test_another_company_gives_a_sample_another_crop_and_prefix_and_none_always_the_same():
+    collate = PrefixCollator(plain, num_patches=1000)
+    first, *others = samples()
+    assert len({collate([first, other])["prefix"][0].item() for other in others}) > 1
+    assert len({collate([first])["prefix"].item() for _ in range(5)}) == 1
+
+
 def test_three_steps_train_the_encoder_and_count_the_targets(tmp_path):
     found = load_task("animals", train_size=12, test_size=0)
     task = Task(name="pairs", train=found.train, test=[])

@@ -57,6 +57,22 @@ def test_a_changed_sample_leaves_the_logits_of_its_neighbours_bit_identical(name
         torch.testing.assert_close(mine, logits(model, row)[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "internvl", "idefics3"])
+def test_rows_are_right_in_any_call_and_those_told_apart_by_positions_alone_only_without_a_cache(name):
+    model, processor = build(name)
+    collate = packer(name, model, processor)
+    expected = torch.cat([logits(model, collate.collator([sample])) for sample in rows()], dim=1)
+    close = {"atol": 2e-5, "rtol": 1e-4}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**collate(rows())).logits, expected, **close)
+        batch = packer(name, model, processor, form="positions")(rows())
+        # What the documentation warns of. Where this no longer differs, Transformers has learnt it.
+        assert not torch.allclose(model(**batch).logits, expected, **close)
+        model.config.use_cache = False  # as Transformers' Trainer says it
+        model.config.get_text_config(decoder=True).use_cache = False
+        torch.testing.assert_close(model(**batch).logits, expected, **close)
+
+
 def test_rows_are_filled_padded_and_masked():
     assert fill([3, 5, 2, 4], size=8) == [[0, 1], [2, 3]]
     assert fill([4, 4, 4], size=4) == [[0], [1], [2]]
@@ -130,5 +146,22 @@ def test_the_default_blend_has_the_ratios_of_mm1():
         {"captions": 0.45, "documents": 0.45, "text": 0.1}, abs=0.01
     )
     assert set(Counter(sample.id.partition("/")[0] for sample in pretraining_blend(ratios={"captions": 1.0}, size=5))) == {"captions"}
-    with pytest.raises(UserError, match="Did you mean 'captions'"):
-        pretraining_blend(ratios={"caption": 1.0})
+    assert {source.name for source in pretraining_blend(ratios={"captions": 1, "documents": 0}, size=5).sources} == {"captions"}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        ({"caption": 1.0}, "Did you mean 'captions'"),
+        ({"captions": -1.0, "text": 1.0}, "ratio of 'captions' is -1.0. A number from 0 up"),
+        ({"text": 1.0, "captions": float("nan")}, "ratio of 'captions' is nan. A number from 0 up"),
+        ({"captions": float("inf")}, "is inf. A number from 0 up"),
+        ({"captions": "1"}, "is '1'. A number from 0 up"),
+        ({"captions": None}, "is None. A number from 0 up"),
+        ({"captions": 0.0}, r"ratios are \{'captions': 0.0\}. One above 0 is wanted"),
+        ({}, "One above 0 is wanted, of captions, documents, text"),
+    ],
+)
+def test_ratios_that_say_nothing_are_refused(ratios, words):
+    with pytest.raises(UserError, match=words):
+        pretraining_blend(ratios=ratios, size=5)

@@ -5,8 +5,9 @@ document is a plain sample (no conversation): its pictures stand in `text` messa
 targets.
 """
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alula.data.blend import Blend, Source
@@ -36,14 +37,14 @@ def pretraining_blend(*, ratios: dict[str, float] | None = None, size: int = 200
     """Captions, documents and text in the ratios of MM1.
 
     Args:
-        ratios: of `RATIOS`' names, those above 0; None: `RATIOS`.
+        ratios: of `RATIOS`' names, 0 for none of it; None: `RATIOS`.
         size: different captions and different documents, each.
         text_epochs: passes over the 300 texts at most, which end the blend at about 3000 samples a pass. Default 4: up to there
             repeated text is nearly as good as new (Muennighoff et al. 2023, arXiv 2305.16264).
         seed: of everything drawn.
 
     Raises:
-        UserError: an unknown kind, or no ratio above 0.
+        UserError: an unknown kind, a ratio that is no number from 0 up, or none above 0.
 
     Example:
         >>> blend = pretraining_blend(size=20, seed=1)
@@ -51,7 +52,7 @@ def pretraining_blend(*, ratios: dict[str, float] | None = None, size: int = 200
         (44, {'captions': 20, 'documents': 20, 'text': 4})
     """
     ratios = RATIOS if ratios is None else ratios
-    check_kinds(*ratios)
+    _check_ratios(ratios)
     sources = []
     for name, ratio in ratios.items():
         if ratio > 0:
@@ -98,6 +99,15 @@ def check_kinds(*kinds: str) -> None:
     for kind in kinds:
         if kind not in RATIOS:
             raise UserError(f"Unknown kind of data '{kind}'. {nearest(kind, RATIOS)}")
+
+
+def _check_ratios(ratios: Mapping[str, float]) -> None:
+    check_kinds(*ratios)
+    for name, ratio in ratios.items():
+        if not isinstance(ratio, int | float) or not 0 <= ratio < math.inf:
+            raise UserError(f"The ratio of '{name}' is {ratio!r}. A number from 0 up is accepted; 0 takes none of it.")
+    if not any(ratios.values()):
+        raise UserError(f"The ratios are {dict(ratios)}. One above 0 is wanted, of {', '.join(RATIOS)}.")
 
 
 def texts() -> list[Sample]:

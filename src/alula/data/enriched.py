@@ -1,6 +1,7 @@
 """Images with their names, and with longer captions that say the same and more (VeCap's role). It knows no model."""
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from alula.data.stream import Task
 from alula.data.tasks import load_task
 from alula.data.tasks.asset_table import read_table
 from alula.data.tasks.selection import generator
+from alula.errors import UserError
 
 SOURCES = ("emoji_en", "flags", "animals", "captions")
 """Built-in tasks whose answers say what an image shows."""
@@ -75,9 +77,12 @@ def enrich(samples: Sequence[Sample], *, write: Teacher | None = None, share: fl
     caption keeps what the text of the web knew (the name), and training mixes both kinds, since captions alone are too much alike.
 
     Args:
-        write: a teacher; a caption without the name gets it in front. None: sentences from templates and metadata.
+        write: a teacher; a caption without the words of the name gets it in front. None: sentences from templates and metadata.
         share: of the samples that get a caption (0-1). Default: VeCLIP's mixed training, either text with the same probability.
         seed: of the choice and of the templates.
+
+    Raises:
+        UserError: another share.
 
     Example:
         >>> (sample,) = load_task("animals", train_size=1).train
@@ -85,16 +90,23 @@ def enrich(samples: Sequence[Sample], *, write: Teacher | None = None, share: fl
         >>> caption.answer == f"{sample.answer}. It stands on four legs."
         True
     """
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UserError(f"The share of captions is {share!r}. A number from 0 (none) to 1 (all) is accepted; the default is 0.5.")
     continents = {row["code"]: row["continent_en"] for row in read_table("flags")} if write is None else {}
     found = []
     for sample in samples:
         rng = generator("enriched", seed, sample.id)
         if rng.random() < share:
             text = _from_template(sample, rng, continents) if write is None else write(sample)
-            kept = text if sample.answer.lower() in text.lower() else f"{sample.answer}. {text}"
+            kept = text if _words(sample.answer) in _words(text) else f"{sample.answer}. {text}"
             sample = replace(sample, messages=(*sample.prompt, Message(role="assistant", content=kept)))
         found.append(sample)
     return found
+
+
+def _words(text: str) -> str:
+    """Its words without signs, a space around each: an "ant" is in no "elephant"."""
+    return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
 
 def _from_template(sample: Sample, rng: random.Random, continents: Mapping[str, str | None]) -> str:

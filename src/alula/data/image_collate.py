@@ -53,7 +53,10 @@ class PairCollator:
 class PrefixCollator:
     """A random crop of each sample's first image and the length of its prefix, uniform from 1 to the number of patches less one.
 
-    What is drawn follows from the seed and from which samples share a batch: a resumed run draws the same, another epoch something else.
+    What is drawn follows from the seed and from which samples share a micro-batch, in their order, so that a resumed run draws the same.
+    Another epoch puts others together and so draws something else. A sample alone (``micro_batch_size: 1``) has one crop and one prefix
+    for all epochs: take two or more.
+
     The labels have a target for each patch outside of the prefix, so that micro-batches are weighted by their targets.
 
     Source: AIM, https://arxiv.org/abs/2401.08541. Deliberate difference: no jitter of colours, which the names of many things depend on.

@@ -1,8 +1,10 @@
 """Several samples in one row without a look at one another: no padding is computed. It knows no model.
 
-Every sample keeps positions that begin at 0. In form ``positions`` these alone tell the samples apart: Transformers makes the mask of
-them for SDPA, eager and flex attention, and lengths for flash attention, which all want one row without padding and no mask. In form
-``mask`` a block-diagonal mask of four axes says it to models that make their own mask (SDPA only).
+Every sample keeps positions that begin at 0. In form ``mask`` a block-diagonal mask of four axes tells the samples apart, for SDPA only.
+In form ``positions`` the positions alone do: Transformers makes the mask of them for SDPA, eager and flex attention, and lengths for
+flash attention, which all want one row without padding and no mask. It does so only in a forward without a cache: with one, which is the
+default of most models, samples silently see one another. alula's loop and TRL ask for none; Transformers' `Trainer` says so to the model's
+config, but not to its language model's: say ``model.config.get_text_config(decoder=True).use_cache = False`` before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +67,7 @@ class PackingCollator:
     Args:
         collator: makes each sample's own row.
         max_length: tokens of a row in form ``mask``. In form ``positions`` all samples of a micro-batch stand in one row.
-        form: ``positions`` or ``mask``, see the module.
+        form: ``mask``, right in any call of a model with SDPA, or ``positions``, right in a call without a cache: see the module.
         positions: the positions of one row on several axes (axes x 1 x tokens), of models whose images have places in two
             dimensions (M-RoPE: Qwen-VL); None: 0, 1, 2 ... on one axis.
 
@@ -78,7 +80,7 @@ class PackingCollator:
         collator: Collator,
         *,
         max_length: int = 2048,
-        form: Literal["positions", "mask"] = "positions",
+        form: Literal["positions", "mask"] = "mask",
         positions: Callable[[Batch], Int[Tensor, "axes 1 tokens"]] | None = None,
     ) -> None:
         if form not in ("positions", "mask"):
