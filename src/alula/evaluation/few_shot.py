@@ -182,11 +182,11 @@ def _check(task: Task, *, shots: int, by: str, form: str) -> None:
 class Sameness:
     """Whether two samples are the same question: the same id, or the same words and pixels, however the pictures came.
 
-    Pictures are decoded only where the words agree, and once. The samples must outlive it.
+    Pictures are decoded only where the words agree, and once.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, bytes] = {}
+        self._seen: dict[int, tuple[Sample, bytes]] = {}  # with the sample, so that its id becomes no other one's
 
     def __call__(self, one: Sample, other: Sample) -> bool:
         """Whether `one` and `other` are."""
@@ -200,8 +200,8 @@ class Sameness:
             digest = sha256()
             for image in sample.open_images():
                 digest.update(f"{image.size}".encode() + image.tobytes())
-            self._seen[id(sample)] = digest.digest()
-        return self._seen[id(sample)]
+            self._seen[id(sample)] = sample, digest.digest()
+        return self._seen[id(sample)][1]
 
 
 def _drawn(pool: Sequence[Sample], sample: Sample, count: int, same: Sameness, key: str) -> list[Sample]:
