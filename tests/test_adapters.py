@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alula import attach, attach_learners
 from alula.adapters import AdapterConfig, attach_adapters
@@ -19,6 +20,19 @@ from zoo import BUILDERS, build, example_batch
 
 __all__ = ["attached"]
 FAMILIES = sorted(set(BUILDERS) - {"blip_2", "florence2"})  # whose decoders' layers (OPT, BART) hold their linears themselves
+
+GPT = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+FALCON = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WITHOUT_KEYWORDS = {
+    "bloom": {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "codegen": GPT | {"rotary_dim": 4, "n_head": 4},
+    "falcon": FALCON | {"new_decoder_architecture": True},
+    "gpt_neo": {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    "gptj": GPT | {"rotary_dim": 4},
+    "mpt": {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    "openai-gpt": GPT,
+}
+"""Decoders whose layers hand no keywords to their attention; the networks of two of them add the residual themselves."""
 
 
 def by_hand(x, instruction, site):
@@ -118,6 +132,60 @@ def test_adapters_are_silent_at_birth_and_detach_is_exact(family, attached):
     assert not torch.equal(spoken, base)
     assert torch.equal(silent, base) and torch.equal(logits(model, batch), base)
     assert model.state_dict().keys() == before.keys()
+
+
+def small(kind):
+    config = AutoConfig.for_model(kind, **WITHOUT_KEYWORDS[kind], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", WITHOUT_KEYWORDS)
+def test_layers_that_hand_no_keywords_on_carry_adapters_too(kind):
+    model, batch = small(kind).requires_grad_(False), {"input_ids": torch.randint(3, 64, (3, 7))}
+    base = logits(model, batch)
+    adapters = attach_adapters(model, **SMALL)
+    model.requires_grad_(False)
+    assert torch.equal(logits(model, batch), base)
+    picked = chosen(model, teach(adapters), batch)
+    by_definition = [site.router(torch.zeros(3, 7, 16), adapters.instructions(batch)).index for site in adapters.sites.values()]
+    assert torch.equal(picked, torch.stack(by_definition)) and len(picked.unique()) > 1
+    assert not torch.equal(logits(model, batch), base)
+    with pytest.raises(UserError, match="not a part of it"):
+        model.get_decoder()(**batch)
+    assert torch.equal(logits(adapters.detach(), batch), base)
+
+
+def test_where_no_keywords_are_handed_on_recomputing_is_refused_not_guessed():
+    model = small("gptj")
+    attach_adapters(model, **SMALL)
+    recompute_activations(model)
+    loss = model.train()(input_ids=torch.randint(3, 64, (2, 5)), labels=torch.randint(3, 64, (2, 5)), use_cache=False).loss
+    with pytest.raises(UserError, match=r"activations are recomputed .* turn that off"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("router", READS)
+def test_a_model_that_is_cast_takes_its_routers_along(dtype, router):
+    model, _ = build("llava")
+    adapters, batch = teach(attach_adapters(model, router=router, **SMALL)), together(row(4, seed=1), row(4, seed=2))
+    exact = logits(model, batch)
+    found = logits(model.to(dtype), batch)
+    assert found.dtype == next(iter(adapters.parameters().values())).dtype == dtype
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
+
+
+def test_a_prompt_that_comes_in_pieces_is_refused_unless_it_was_read_before(attached):
+    model, _, adapters = attached("llava")
+    batch = together(row(7, seed=1), row(5, seed=2))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    whole = model.generate(**batch, **options)
+    for inputs in (batch, {"input_ids": batch["input_ids"][:1]}):
+        with pytest.raises(UserError, match="comes in pieces"):
+            model.generate(**inputs, **options, prefill_chunk_size=3)
+    with adapters.on_prompts(batch):
+        assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=3), whole)
+    assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=9), whole)
 
 
 @pytest.mark.parametrize("router", READS)

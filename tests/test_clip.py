@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alula.data.enriched import enrich, name_pairs
 from alula.data.image_collate import PairCollator
+from alula.data.sample import Sample
 from alula.data.stream import Task
 from alula.data.tasks import load_task
 from alula.errors import UserError
@@ -157,6 +158,22 @@ def test_the_manifest_says_what_was_measured_on_how_many(trained):
     assert rows[0]["loss"] == about["first_losses"][0]
 
 
+@pytest.mark.parametrize(
+    ("objective", "head", "message"),
+    [
+        ("clip", {"foo": 3}, r"The head of clip refuses foo=3: .*It takes output_dim: int = 128"),
+        ("clip", {"num_text_heads": 3}, r"The head of clip refuses num_text_heads=3: "),
+        ("clip", {"output_dim": 0}, r"The head of clip got output_dim=0. A whole number from 1 up is accepted"),
+        ("aim", {"head_dim": 0}, r"The head of aim got head_dim=0. A whole number from 1 up"),
+        ("aim", {"foo": 3}, r"The head of aim refuses foo=3"),
+    ],
+)
+def test_a_head_that_cannot_be_built_is_refused_before_training(objective, head, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pretrain(objective, pairs(4), encoder=TINY, settings=TrainSettings(), folder=tmp_path, options=head, tokenizer=make_tokenizer())
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_batch_of_contrast_is_not_cut():
     model = DualEncoder(VitEncoder(image_size=16, dim=12, num_layers=1), vocab_size=9, **SMALL)
     method = Clip(model, settings=TrainSettings(batch_size=8, micro_batch_size=4))
@@ -189,3 +206,23 @@ def test_a_teachers_caption_without_the_name_gets_it():
     assert json.dumps([new.answer for new in enrich(samples, write=lambda sample: f"One {sample.answer}.", share=1.0)]) == json.dumps(
         [f"One {old.answer}." for old in samples]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "has_name"),
+    [
+        ("ant", "An elephant walks.", False),
+        ("ant", "There walks an Ant.", True),
+        ("polar bear", "A polar-bear.", True),
+        ("polar bear", "A bear at the polar circle.", False),
+    ],
+)
+def test_a_name_is_in_a_caption_by_its_words_not_its_letters(name, caption, has_name):
+    (new,) = enrich([Sample.ask("What is this?", name)], write=lambda sample: caption, share=1.0)
+    assert new.answer == (caption if has_name else f"{name}. {caption}")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match=r"share of captions is .* A number from 0 \(none\) to 1 \(all\) is accepted"):
+        enrich([], share=share)

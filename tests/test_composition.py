@@ -4,13 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Aimv2VisionConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    Aimv2VisionConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+)
 
 from alula.errors import UserError
 from alula.files import read_tensors, write_tensors
 from alula.models.composition import compose
 from alula.models.connectors import LinearConnector
-from composed_models import HAS_PACKAGES, PATCH, VIT, asked, picture, save_backbone, save_sentences
+from alula.models.loading import load_model
+from composed_models import BACKBONES, HAS_PACKAGES, PATCH, SPECIAL, VIT, asked, bytes_tokenizer, picture, save_backbone, save_sentences
 
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
@@ -42,6 +51,21 @@ def test_a_bad_composition_is_refused_before_a_weight_is_loaded(
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *inputs, **keywords: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=message):
         compose(backbone, encoder, connector)
+
+
+def test_a_saved_model_opens_with_the_attention_that_its_backbone_has(tmp_path: Path) -> None:
+    Gemma2ForCausalLM(BACKBONES["gemma2"]).save_pretrained(tmp_path / "gemma2")
+    bytes_tokenizer(SPECIAL).save_pretrained(tmp_path / "gemma2")
+    model, processor = compose(tmp_path / "gemma2", VIT)
+    model.save_pretrained(tmp_path / "composed")
+    processor.save_pretrained(tmp_path / "composed")
+    loaded, _ = load_model(tmp_path / "composed", device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(
+        UserError, match=r"attention 'sdpa' came, but '.*composed' cannot be loaded with it: Gemma2.*Leave it out, or take 'eager'"
+    ):
+        load_model(tmp_path / "composed", device="cpu", attention="sdpa")
 
 
 def test_weights_of_another_width_are_refused_by_the_files_header(backbone: Path, tmp_path: Path) -> None:

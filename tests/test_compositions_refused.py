@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, Siglip2VisionConfig
+from transformers import (
+    BertConfig,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    Siglip2VisionConfig,
+)
 
 from alula.errors import UserError
 from alula.models.composed_config import ComposedConfig
@@ -41,6 +51,11 @@ def check(encoder, connector=POOL, **keywords):
         ({"name": "patch", "patch_size": 16}, r"Encoder 'patch' refuses patch_size=16: .* It takes image_size: int = 128, patch_size"),
         ({**VIT, "patch_size": 0}, r"Encoder 'vit' got patch_size=0. A whole number from 1 up is accepted. Set one, such as the default 8"),
         ({**VIT, "num_layers": True}, r"num_layers=True. A whole number"),
+        (VIT | HALF | {"image_std": [0, 0, 0]}, r"got image_std=\[0, 0, 0\]. Three numbers above 0 are accepted, of red, green and blue"),
+        (VIT | HALF | {"image_std": [0.5, 0.5, float("nan")]}, r"got image_std=.*nan\]. Three numbers above 0"),
+        (VIT | HALF | {"image_mean": ["a", "b", "c"]}, r"got image_mean=\['a', 'b', 'c'\]. Three numbers are accepted"),
+        (VIT | {"image_mean": [], "image_std": []}, r"got image_mean=\[\]. Three numbers are accepted"),
+        (5, r"encoder_config got 5. \{'name': <a registered name>, \*\*its keywords\} is accepted, or a list of these"),
         (LITE0, r"100 = 3 x 32 \+ 4. It takes multiples of 32. Set image_size=96 or 128"),
         ({**VIT, "image_mean": [0.5] * 3}, r"Encoder 'vit' got image_mean=\[0.5, 0.5, 0.5\] and image_std=None. Three numbers each"),
         ([VIT | HALF, PATCH | {key: [0.5] for key in HALF}], r"Encoder 'patch' got image_mean=\[0.5\]"),
@@ -67,12 +82,20 @@ def test_a_bad_encoder_is_refused_when_it_is_checked(encoder, message):
         ({"name": "c_abstractor", "depth": 0}, r"depth=0. A whole number from 1 up"),
         ({"name": "attention_pool", "num_tokens": 0, "num_heads": 2}, r"num_tokens=0. A whole number from 1 up"),
         ({"name": "deformable", "num_heads": 2, "num_points": 0}, r"num_points=0. A whole number from 1 up"),
+        ({"name": "deformable", "is_scaled": "no"}, r"Connector 'deformable' got is_scaled='no'. True or False is accepted"),
         ({"name": "deformable", "num_heads": 5}, r"Connector 'deformable' got num_heads=5 for features 12 wide: 12 / 5"),
     ],
 )
 def test_a_bad_connector_is_refused_when_it_is_checked(connector, message):
     with pytest.raises(UserError, match=message):
         check(VIT, POOL | connector)
+
+
+@pytest.mark.parametrize("width", [0, -1, "8", True])
+def test_a_width_that_may_be_left_out_is_a_whole_number_where_it_is_not(width):
+    with pytest.raises(UserError, match=rf"Connector 'mlp' got hidden_dim={width!r}. A whole number from 1 up or None is accepted"):
+        check(VIT, {"name": "mlp", "hidden_dim": width})
+    check(VIT, {"name": "mlp", "hidden_dim": None})
 
 
 @pytest.mark.parametrize(
@@ -137,6 +160,29 @@ def test_a_model_of_another_kind_than_its_place_takes_is_refused_by_its_configur
     parts = {"backbone": "backbone", "encoder": VIT, "instruction_encoder": "sentences"} | changes
     with pytest.raises(UserError, match=message):
         plan_composition(parts.pop("backbone"), [parts.pop("encoder"), PATCH], POOL, mixing="router", **parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": None}, r"encoder got None. \{'name': <a registered name>, \*\*its keywords\} is accepted, or a list of these"),
+        ({"encoder": 5}, r"encoder got 5"),
+        ({"encoder": [VIT, None]}, r"encoder got None"),
+        ({"connector": None}, r"connector got None"),
+        ({"image_token": ""}, r"image_token='' came. A word that stands for an image is accepted, such as the default '<image>'"),
+        ({"image_token": None}, r"image_token=None came"),
+    ],
+)
+def test_what_is_no_part_and_no_word_is_refused_before_anything_is_looked_up(changes, message):
+    with pytest.raises(UserError, match=message):
+        plan_composition(**{"backbone": "nowhere", "encoder": VIT, "connector": POOL} | changes)
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), OpenAIGPTConfig()])
+def test_a_backbone_that_keeps_no_keys_and_values_is_refused_by_its_configuration(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is a \w+, which takes no `past_key_values`: .* could not generate by it"):
+        plan_composition(tmp_path, VIT, POOL)
 
 
 def test_a_hugging_face_encoders_pixels_are_normalised_as_its_preprocessor_says(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ class Adapters(Handle[AdapterMixture]):
 
     def enter(self) -> None:
         """Places the hooks: one before and one after the model, one after its decoder, one tap per layer."""
-        hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True), self.model.register_forward_hook(self._after)]
+        hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True)]
+        hooks.append(self.model.register_forward_hook(self._after, always_call=True))
         decoder = self.model.get_submodule(self.anatomy.decoder)
         hooks.append(decoder.register_forward_hook(self._keep_skipped, with_kwargs=True))
         for mixture in self.sites.values():
@@ -147,9 +148,15 @@ class Adapters(Handle[AdapterMixture]):
             valid=valid_tokens(inputs.get("attention_mask"), like, seen=_seen(cache)),
             recorder=self._recorder.get(),
         )
+        self._tell(call)
         return args, {**kwargs, KEYWORD: call}
 
+    def _tell(self, call: Call | None) -> None:
+        for mixture in self.sites.values():
+            mixture.passed.outer = call
+
     def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._tell(None)
         pending, cache = self._pending.get(), getattr(output, "past_key_values", None)
         if pending is not None and cache is not None:
             self._kept[cache] = pending
@@ -175,6 +182,11 @@ class Adapters(Handle[AdapterMixture]):
                     "This cache was filled without the adapters, so nobody knows its instruction. Start the generation anew with the "
                     "adapters attached and speaking."
                 )
+            if cache is not None and _is_piece(inputs.get("position_ids")):
+                raise UserError(
+                    "The prompt comes in pieces (`prefill_chunk_size`), but adapters are chosen by the whole of it. Leave "
+                    "`prefill_chunk_size` out, or generate inside `on_prompts(batch)` of the adapters, which reads it before."
+                )
             found = self.instructions(inputs)
             self._pending.set(found)
             if cache is not None:
@@ -191,6 +203,11 @@ class Adapters(Handle[AdapterMixture]):
             f"{len(self.sites)} feed-forward networks carry {self.config.num_experts} adapters of width {self.config.bottleneck}{chosen} "
             f"({count:,} parameters)"
         )
+
+
+def _is_piece(positions: Any) -> bool:
+    """Whether the positions are the first of longer rows: `generate` cuts them off those of the whole prompt, without copying."""
+    return isinstance(positions, Tensor) and positions.dim() > 1 and positions.stride(-2) > positions.shape[-1]
 
 
 def _seen(cache: Any) -> int:

@@ -33,9 +33,15 @@ class Call:
 
 
 class Passed(PerThread):
-    """What the tap on a layer's attention left for the feed-forward network of that layer."""
+    """What the tap on a layer's attention left for the feed-forward network of that layer.
+
+    Attributes:
+        call: the attention's keyword, or `outer` where a decoder's layers hand no keywords on (GPT-J, Falcon, BLOOM).
+        outer: the call of the whole model, while it runs.
+    """
 
     call: Call | None = None
+    outer: Call | None = None
 
 
 class AdapterMixture(nn.Module):
@@ -64,7 +70,8 @@ class AdapterMixture(nn.Module):
         if call is None:
             raise UserError(
                 f"{self.path} was called without its keyword, so its adapters cannot be chosen. Call the model that `attach_adapters` was "
-                "given, not a part of it (the `generate` of BLIP-2 does so), or `detach` first."
+                "given, not a part of it (the `generate` of BLIP-2 does so), or `detach` first. If activations are recomputed (gradient "
+                "checkpointing), turn that off: this model's layers hand no keywords on, so nobody knows the call that is repeated."
             )
         if call.speaking == NONE:
             return out
@@ -93,4 +100,4 @@ def tap_for(passed: Passed) -> Any:
 
 
 def _tap(passed: Passed, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    passed.call = kwargs.get(KEYWORD)
+    passed.call = kwargs.get(KEYWORD, passed.outer)

@@ -30,8 +30,8 @@ class ComposedConfig(PreTrainedConfig):
         num_joined: how many of the encoders, the last ones, were added to a model that was there.
 
     Raises:
-        UserError: an unknown mixing; a router of one encoder; no encoder; another number of connectors than of encoders; as many joined
-            as there are.
+        UserError: a part that is no mapping; an unknown mixing; a router of one encoder; no encoder; another number of connectors than
+            of encoders; as many joined as there are.
     """
 
     model_type = "alula_composed"
@@ -55,8 +55,8 @@ class ComposedConfig(PreTrainedConfig):
             keywords = dict(text_config)
             text_config = AutoConfig.for_model(keywords.pop("model_type", "llama"), **keywords)
         self.text_config = text_config or LlamaConfig()
-        self.encoder_config = _plain({"name": "efficientnet_lite0"} if encoder_config is None else encoder_config)
-        self.connector_config = _plain({"name": "mlp"} if connector_config is None else connector_config)
+        self.encoder_config = _plain({"name": "efficientnet_lite0"} if encoder_config is None else encoder_config, what="encoder_config")
+        self.connector_config = _plain({"name": "mlp"} if connector_config is None else connector_config, what="connector_config")
         self.image_token_id = image_token_id
         self.image_seq_length = image_seq_length
         self.crops = crops
@@ -94,5 +94,23 @@ class ComposedConfig(PreTrainedConfig):
         return [self.connector_config] * len(self.encoders)
 
 
-def _plain(part: Part | Sequence[Part]) -> dict | list[dict]:
-    return dict(part) if isinstance(part, Mapping) else [dict(one) for one in part]
+def check_parts(given: object, *, what: str, kinds: tuple[type, ...] = (Mapping,)) -> None:
+    """Refuses what is neither a part nor a list of parts.
+
+    Args:
+        what: it is given for, for the error.
+        kinds: what a part may be.
+
+    Raises:
+        UserError: it is something else.
+    """
+    for one in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
+        if not isinstance(one, kinds):
+            raise UserError(
+                f"{what} got {one!r}. {{'name': <a registered name>, **its keywords}} is accepted, or a list of these. Give one of them."
+            )
+
+
+def _plain(given: Part | Sequence[Part], *, what: str) -> dict | list[dict]:
+    check_parts(given, what=what)
+    return dict(given) if isinstance(given, Mapping) else [dict(one) for one in given]

@@ -7,28 +7,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alula.errors import UserError
+from alula.models.backbones import EMBEDDED as EMBEDDED
+from alula.models.backbones import backbone_folder, load_backbone, read_backbone
 from alula.models.composed import ComposedVLM
-from alula.models.composed_config import ComposedConfig
+from alula.models.composed_config import ComposedConfig, check_parts
 from alula.models.composed_processor import IMAGE_TOKEN, ComposedImageProcessor, ComposedProcessor, count_image_tokens
 from alula.models.instructions import EMBEDDED as EMBEDDED_SENTENCES
-from alula.models.loading import changes_of
-from alula.models.part_files import Part, Source, check_file, config_of, load_part, read_parts, sentence_dim
+from alula.models.part_files import Part, Source, check_file, load_part, read_parts, sentence_dim
 from alula.models.vision_mixture import EncoderGroup, VisionMixture, statistics_of
 from alula.models.vision_parts import build_connector, build_encoder, build_gate, build_vision, check_shapes, plan_vision, start_afresh
 
-EMBEDDED = "smol"
+PART = (str, Mapping)
+"""What users give for a part: a name, or a name with keywords."""
 
 
 def check_composition(
@@ -90,10 +83,16 @@ def plan_composition(
     Raises:
         UserError: as `compose`.
     """
-    place = _backbone_folder(backbone)
+    if not isinstance(image_token, str) or not image_token.strip():
+        raise UserError(
+            f"image_token={image_token!r} came. A word that stands for an image is accepted, such as the default {IMAGE_TOKEN!r}."
+        )
+    check_parts(encoder, what="encoder", kinds=PART)
+    check_parts(connector, what="connector", kinds=PART)
+    place = backbone_folder(backbone)
     encoders, encoder_sources = read_parts(encoder)
     connectors, connector_sources = read_parts(connector)
-    text_config = _text_config(place)
+    text_config = read_backbone(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([image_token], special_tokens=True)
@@ -168,7 +167,7 @@ def compose(
         image_token=image_token,
     )
     config, tokenizer = plan.config, plan.tokenizer
-    language_model = _load_backbone(plan.place, rows=len(tokenizer), dtype=dtype)
+    language_model = load_backbone(plan.place, rows=len(tokenizer), dtype=dtype)
     config.text_config = language_model.config  # a placeholder may have been added to its vocabulary
     model = ComposedVLM(config, language_model=language_model).to(dtype)  # type: ignore[arg-type]
     for part, sources, root in ((model.vision_tower, plan.encoders, "vision_tower"), (model.connector, plan.connectors, "connector")):
@@ -195,6 +194,8 @@ def add_encoder(model: ComposedVLM, encoder: Part, *, connector: Part = "mlp") -
     Raises:
         UserError: as `check_composition`.
     """
+    check_parts([encoder], what="encoder", kinds=PART)
+    check_parts([connector], what="connector", kinds=PART)
     (part,), (source,) = (list(one) for one in read_parts([encoder]))
     (link,), (link_source,) = (list(one) for one in read_parts([connector]))
     config = copy.deepcopy(model.config)
@@ -229,41 +230,6 @@ def _members(part: nn.Module) -> list[nn.Module]:
     if isinstance(part, EncoderGroup):
         return list(part.encoders)
     return list(part.connectors) if isinstance(part, VisionMixture) else [part]
-
-
-def _backbone_folder(backbone: str | Path) -> str:
-    if str(backbone) != EMBEDDED:
-        return str(backbone)
-    from alula.models.smol import prepare_smol
-
-    return str(prepare_smol())
-
-
-def _text_config(place: str) -> PreTrainedConfig:
-    config = config_of(place, what="backbone", wanted="the folder or hub name of a causal LM, or `smol`")
-    text = config.text_config if isinstance(config, ComposedConfig) else config
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or text.get_text_config(decoder=True) is not text:
-        raise UserError(
-            f"The backbone in '{place}' has a {type(text).__name__}; a composition takes a causal LM of text alone. Give one, or `smol`; "
-            "of a vision-language model save_pretrained its language model and give that folder."
-        )
-    if changes := [*changes_of(config), *changes_of(text)]:
-        raise UserError(
-            f"The backbone in '{place}' was changed by alula ({changes[0]}); a composition takes dense ones. Give the dense one; "
-            "`upcycle` makes the composed model sparse afterwards."
-        )
-    return text
-
-
-def _load_backbone(place: str, *, rows: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The language model, with at least `rows` rows of token embeddings."""
-    if isinstance(AutoConfig.from_pretrained(place), ComposedConfig):
-        backbone: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).language_model  # type: ignore[assignment]
-    else:
-        backbone = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-    if rows > len(backbone.get_input_embeddings().weight):  # type: ignore[arg-type]
-        backbone.resize_token_embeddings(rows, mean_resizing=False)
-    return backbone
 
 
 def _set_generation(model: ComposedVLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -37,7 +37,7 @@ CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attentio
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None, attention: str = "sdpa"
+    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None, attention: str | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A vision-language model in eval mode and its processor.
 
@@ -47,15 +47,16 @@ def load_model(
             precision is slower. 4bit: linear layers in NF4 by bitsandbytes, all but the head; the rest as auto has it. They
             cannot train or be merged, what is attached to them can train (QLoRA, arXiv 2305.14314).
         device: as torch names them (``cuda:1``); None is the accelerator if there is one, else the CPU.
-        attention: sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention.
+        attention: sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention; None is sdpa, and eager where the model (Gemma 2)
+            has no sdpa.
 
     Raises:
-        UserError: an unknown dtype, device or attention; nothing there; no vision-language model; a missing package; a model
-            that was changed by a part of alula that is not imported.
+        UserError: an unknown dtype, device or attention; one that the model cannot have; nothing there; no vision-language model;
+            a missing package; a model that was changed by a part of alula that is not imported.
     """
     if dtype not in ("auto", *DTYPES, FOUR_BIT):
         raise UserError(f"Unknown dtype '{dtype}'. {nearest(dtype, ('auto', *DTYPES, FOUR_BIT))}")
-    if attention not in ATTENTIONS:
+    if attention is not None and attention not in ATTENTIONS:
         raise UserError(f"Unknown attention '{attention}'. {nearest(attention, ATTENTIONS)}")
     place = find_device(device)
     chosen = torch.float32 if dtype in ("auto", FOUR_BIT) and place.type == "cpu" else DTYPES.get(dtype, "auto")
@@ -70,7 +71,7 @@ def load_model(
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, attention=attention) from error
     if quantized:
         _keep_as_quantized(model)
     placed = model if quantized else model.to(place)  # type: ignore[arg-type]
@@ -180,11 +181,16 @@ def _accelerators() -> list[str]:
     return [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())] if kind is not None else []
 
 
-def _not_loaded(name: str, error: Exception) -> UserError:
+def _not_loaded(name: str, error: Exception, *, attention: str | None) -> UserError:
     if "Unrecognized configuration class" in str(error):
         return UserError(
             f"'{name}' is no vision-language model that transformers knows. Models that AutoModelForImageTextToText loads "
             "are accepted. For a text-only language model, join it to an image encoder with ComposedVLM first."
+        )
+    if attention is not None and not isinstance(error, OSError) and "attention" in str(error).lower():
+        return UserError(
+            f"attention '{attention}' came, but '{name}' cannot be loaded with it: {first_line(error).partition('. ')[0].rstrip('.')}. "
+            "Leave it out, or take 'eager', which every model has."
         )
     what = "is a folder, but no model can be loaded from it" if Path(name).is_dir() else "could not be loaded"
     return UserError(

@@ -1,7 +1,9 @@
 """Encoders and connectors out of a configuration, with the arithmetic of what does not fit. It builds; it loads no weights."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -72,10 +74,27 @@ def start_afresh(part: nn.Module) -> None:
 
 
 def build_encoder(part: dict) -> Encoder:
-    """The encoder of a configuration's entry, with fresh weights."""
+    """The encoder of a configuration's entry, with fresh weights.
+
+    Raises:
+        UserError: keywords that the encoder cannot be built with, or an `image_mean` or `image_std` that pixels cannot be normalised by.
+    """
     statistics_of(part)
+    for key, values in ((key, part[key]) for key in STATISTICS if part.get(key) is not None):
+        if not _is_statistic(values, is_deviation=key == "image_std"):
+            wanted = "Three numbers above 0" if key == "image_std" else "Three numbers"
+            raise UserError(
+                f"Encoder '{part.get('name')}' got {key}={values!r}. {wanted} are accepted, of red, green and blue. Correct them."
+            )
     keywords = {key: value for key, value in part.items() if key not in ("name", *STATISTICS)}
-    return _built(ENCODERS[str(part.get("name"))], keywords, kind=f"Encoder '{part.get('name')}'")
+    return build_part(ENCODERS[str(part.get("name"))], keywords, kind=f"Encoder '{part.get('name')}'")
+
+
+def _is_statistic(values: object, *, is_deviation: bool) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return False
+    are_numbers = all(isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in values)
+    return are_numbers and (min(values) > 0 or not is_deviation)
 
 
 def build_connector(part: dict, encoder: Encoder, *, output_dim: int, encoder_name: str) -> Connector:
@@ -95,7 +114,7 @@ def build_connector(part: dict, encoder: Encoder, *, output_dim: int, encoder_na
             )
     keywords = {key: value for key, value in part.items() if key not in ("name", *WIDTHS)}
     told = {"input_dim": encoder.output_dim, "output_dim": output_dim, "grid": encoder.grid}
-    return _built(CONNECTORS[name], keywords, kind=f"Connector '{name}'", **told)
+    return build_part(CONNECTORS[name], keywords, kind=f"Connector '{name}'", **told)
 
 
 def build_gate(config: ComposedConfig) -> JoinedGate:
@@ -104,7 +123,7 @@ def build_gate(config: ComposedConfig) -> JoinedGate:
 
 
 def _router(config: ComposedConfig, *, num_encoders: int) -> InstructionRouter:
-    return _built(InstructionRouter, config.router_config, kind="The router", num_encoders=num_encoders)
+    return build_part(InstructionRouter, config.router_config, kind="The router", num_encoders=num_encoders)
 
 
 def check_shapes(encoder: Encoder, connector: Connector, *, output_dim: int) -> None:
@@ -133,20 +152,19 @@ def _checked(part: nn.Module, given: Tensor, *, wanted: tuple[int, int, int], sa
     return torch.empty(wanted, device="meta")
 
 
-def _built(make: Callable[..., T], keywords: Mapping[str, object], *, kind: str, **told: object) -> T:
+def build_part(make: Callable[..., T], keywords: Mapping[str, object], *, kind: str, **told: object) -> T:
     """A part of a user's keywords and of what its neighbours tell.
 
+    Args:
+        kind: of part, for errors.
+
     Raises:
-        UserError: where the default is a whole number, something else came, or none from 1 up where the default is; what making raises.
+        UserError: a keyword of another type than its default's; a whole number below 1 where the default is none; what making raises.
     """
     accepted = [parameter for parameter in inspect.signature(make).parameters.values() if parameter.name not in told]
     for parameter in accepted:
-        came, default = keywords.get(parameter.name, parameter.default), parameter.default
-        if type(default) is int and (type(came) is not int or came < 1 <= default):
-            least = " from 1 up" if default > 0 else ""
-            raise UserError(
-                f"{kind} got {parameter.name}={came!r}. A whole number{least} is accepted. Set one, such as the default {default}."
-            )
+        if parameter.name in keywords:
+            _check_keyword(keywords[parameter.name], parameter, kind=kind)
     try:
         return make(**told, **keywords)
     except UserError:
@@ -156,3 +174,17 @@ def _built(make: Callable[..., T], keywords: Mapping[str, object], *, kind: str,
         raise UserError(
             f"{kind} refuses {given or 'no keywords'}: {error!s:.300}. It takes {', '.join(map(str, accepted))}. Correct the keywords."
         ) from error
+
+
+def _check_keyword(came: object, parameter: inspect.Parameter, *, kind: str) -> None:
+    default, may_be_none = parameter.default, parameter.annotation == int | None
+    if type(default) is bool:
+        is_good, wanted = type(came) is bool, "True or False"
+    elif type(default) is int or may_be_none:
+        is_counted = may_be_none or default > 0
+        is_good = (type(came) is int and (came > 0 or not is_counted)) or (came is None and may_be_none)
+        wanted = f"A whole number{' from 1 up' if is_counted else ''}{' or None' if may_be_none else ''}"
+    else:
+        return
+    if not is_good:
+        raise UserError(f"{kind} got {parameter.name}={came!r}. {wanted} is accepted. Set one, such as the default {default}.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 READS = ("instance", "token", "both")
 """What it reads: the instruction (MoLE-I, the paper's choice), each token (-T), or a token and the instruction (-IT)."""
@@ -22,6 +23,14 @@ class Choice:
     scores: Float[Tensor, "*axes experts"]
     index: Int[Tensor, "*axes"]
     factor: Float[Tensor, "*axes"]
+
+
+class Float32Linear(nn.Linear):
+    """A linear map in fp32, whatever the type of its weights: `model.to(torch.bfloat16)` takes routers along."""
+
+    def forward(self, input: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows output"]:
+        """The map of each row."""
+        return functional.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class HardRouter(nn.Module):
@@ -53,7 +62,7 @@ class HardRouter(nn.Module):
         super().__init__()
         width = {"instance": instruction_dim, "token": dim, "both": dim + instruction_dim}[reads]
         self.reads, self.gumbel = reads, gumbel
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_experts))
+        self.mlp = nn.Sequential(Float32Linear(width, hidden_dim), nn.GELU(), Float32Linear(hidden_dim, num_experts))
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], instruction: Float[Tensor, "batch width"] | None) -> Choice:
         """Who speaks.
@@ -70,8 +79,8 @@ class HardRouter(nn.Module):
 
     def _seen(self, x: Tensor, instruction: Tensor | None) -> Tensor:
         if self.reads == "token":
-            return x.float()
+            return x
         assert instruction is not None, "a router that reads instructions is given them"
         if self.reads == "instance":
-            return instruction.float()
+            return instruction
         return torch.cat([x.float(), instruction.float().unsqueeze(1).expand(-1, x.shape[1], -1)], dim=-1)

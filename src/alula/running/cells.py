@@ -10,14 +10,14 @@ from alula.data.interleaved.encoder import minilm_folder
 from alula.errors import UserError, nearest
 from alula.files import clear_leftovers, sha256, write_json
 from alula.methods import METHODS, Method
-from alula.running.cell import CRASHED, ORDER, Cell
+from alula.running.cell import CRASHED, Cell
 from alula.running.options import check_options
 from alula.running.packed import refuse_rows
 from alula.running.shots import BY_SIMILARITY
 from alula.training import TrainSettings
 from alula.training.processes import Team
 
-RECIPE, VERSIONS, WEIGHTS, CELLS = "recipe.yaml", "versions.json", "weights.json", "cells"
+RECIPE, VERSIONS, WEIGHTS = "recipe.yaml", "versions.json", "weights.json"
 
 
 def list_cells(recipe: Recipe, folder: Path) -> list[Cell]:
@@ -84,7 +84,7 @@ def make_cell(recipe: Recipe, choice: MethodChoice, seed: int, folder: Path, *, 
         settings=TrainSettings(**training),
         pack=pack,
         options=choice.options,
-        folder=folder / CELLS / f"{choice.shown}-seed{seed}{suffix}",
+        folder=folder / "cells" / f"{choice.shown}-seed{seed}{suffix}",
         base_folder=base_folder(folder),
         batch_size=recipe.evaluation.batch_size,
         future_tasks=recipe.evaluation.future_tasks,
@@ -114,12 +114,6 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
 def base_folder(folder: Path) -> Path:
     """Where row 0, the untouched model's predictions, is kept for all cells of a run."""
     return folder / "base"
-
-
-def has_results(folder: Path) -> bool:
-    """Whether a run's folder holds anything that was measured or trained, not only what cells crashed with before that."""
-    found = (path for part in (folder / CELLS, base_folder(folder)) for path in part.rglob("*") if path.is_file())
-    return any(path.name not in (ORDER, CRASHED) for path in found)
 
 
 def image_folder(recipe: Recipe, folder: Path) -> Path | None:

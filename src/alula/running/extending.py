@@ -27,7 +27,7 @@ def refuse_other(recipe: Recipe, kept: Path) -> None:
     if change:
         raise UserError(
             f"{kept.parent} holds a run of another recipe (see {kept}): {change}. Methods and seeds may be added, and orders after the "
-            "others. Continue it with the same recipe otherwise, or choose another --out folder."
+            "others. Continue it with the same recipe otherwise, choose another --out folder, or delete this one if nothing in it counts."
         )
 
 

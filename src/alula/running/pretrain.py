@@ -29,7 +29,7 @@ from alula.models.dual_encoder import DualEncoder
 from alula.models.encoders import Encoder, VitEncoder
 from alula.models.patch_predictor import PatchPredictor
 from alula.models.vision_mixture import statistics_of
-from alula.models.vision_parts import build_encoder, start_afresh
+from alula.models.vision_parts import build_encoder, build_part, start_afresh
 from alula.objectives.clip import START
 from alula.running.choices import load_choice
 from alula.running.pretrain_recipe import PretrainRecipe
@@ -88,7 +88,8 @@ def pretrain(
         the safetensors file.
 
     Raises:
-        UserError: an unknown objective or part, an encoder that `aim` cannot mask, or settings that contrast cannot have.
+        UserError: an unknown objective or part, an encoder that `aim` cannot mask, options that the head cannot be built with, or
+            settings that contrast cannot have.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -155,13 +156,13 @@ def _learner(
         raise UserError(f"Unknown objective '{objective}'. Known: {', '.join(OBJECTIVES)}. Choose one of them.")
     if objective == "clip":
         words = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        dual = DualEncoder(encoder, vocab_size=len(words), log_scale=START, **options)  # type: ignore[arg-type]
+        dual = build_part(DualEncoder, options, kind="The head of clip", encoder=encoder, vocab_size=len(words), log_scale=START)
         return dual, Clip(dual, settings=settings), PairCollator(pixels, words)
     if not isinstance(encoder, VitEncoder):
         raise UserError(
             f"aim got a {type(encoder).__name__}, which cannot be told which patches it may read. A 'vit' can. Take that one, or clip."
         )
-    predictor = PatchPredictor(encoder, **options)
+    predictor = build_part(PatchPredictor, options, kind="The head of aim", encoder=encoder)
     return predictor, Aim(predictor, settings=settings), PrefixCollator(pixels, num_patches=encoder.num_tokens, seed=settings.seed)
 
 

@@ -5,7 +5,6 @@ import importlib.metadata
 import itertools
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from alula.data.stream import Stream
 from alula.errors import UserError
 from alula.files import write_json, write_text
 from alula.running.cell import Cell, run_cell
-from alula.running.cells import CELLS, RECIPE, VERSIONS, WEIGHTS, attempt, has_base, has_results, list_cells, weight_digests
+from alula.running.cells import RECIPE, VERSIONS, WEIGHTS, attempt, has_base, list_cells, weight_digests
 from alula.running.choices import check_model, load_chosen, load_stream
 from alula.running.extending import refuse_other, refuse_other_weights
 from alula.running.parallel import Launcher, Processes, affordable_workers, dispatch
@@ -116,15 +115,13 @@ def start_folder(recipe: Recipe, folder: Path) -> None:
     """Writes the resolved recipe, the digests of files that its model is made of, and the versions once.
 
     Raises:
-        UserError: the folder holds results of another recipe (see `refuse_other`), or of a file that was another one.
+        UserError: the folder holds a run of another recipe (see `refuse_other`), or of a file that was another one.
     """
     kept, digests = folder / RECIPE, weight_digests(recipe)
-    if not has_results(folder):
-        shutil.rmtree(folder / CELLS, ignore_errors=True)  # notes of crashes, perhaps of cells that are no more
-    elif kept.exists():
+    if kept.exists():
         refuse_other(recipe, kept)
-        refuse_other_weights(digests, folder / WEIGHTS)
     if digests:
+        refuse_other_weights(digests, folder / WEIGHTS)
         write_json(folder / WEIGHTS, digests)
     write_text(kept, write_recipe(recipe))
     packages = ("alula", "torch", "transformers", "accelerate", "datasets", "numpy")

@@ -27,7 +27,7 @@ class MlpConnector(Connector):
 
     def __init__(self, input_dim: int, output_dim: int, *, grid: tuple[int, int], hidden_dim: int | None = None) -> None:
         super().__init__()
-        width = hidden_dim or output_dim
+        width = output_dim if hidden_dim is None else hidden_dim
         self.num_tokens = grid[0] * grid[1]
         self.norm = nn.LayerNorm(input_dim)
         self.inner = nn.Linear(input_dim, width)
