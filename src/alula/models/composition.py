@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alula.errors import UserError
-from alula.models.backbones import EMBEDDED as EMBEDDED
 from alula.models.backbones import backbone_folder, load_backbone, read_backbone
 from alula.models.composed import ComposedVLM
 from alula.models.composed_config import ComposedConfig, check_parts

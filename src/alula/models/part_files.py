@@ -12,6 +12,7 @@ from transformers import AutoConfig, ImageProcessingMixin, PreTrainedConfig, Pre
 from alula.data.interleaved.encoder import minilm_folder
 from alula.errors import UserError
 from alula.models.instructions import EMBEDDED
+from alula.models.loading import EMBEDDED as EMBEDDED_MODEL
 from alula.models.vision_mixture import STATISTICS
 
 Part = str | Mapping[str, object]
@@ -67,6 +68,8 @@ def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[So
     A Hugging Face model tells its configuration and, where it has a preprocessor's too, the mean and deviation of its pixels, unless
     the part names them.
 
+    ``weights: smol`` are those of that part of the embedded default.
+
     Raises:
         UserError: there is no such model.
     """
@@ -76,6 +79,10 @@ def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[So
     sources = []
     for entry in entries:
         file, hub = entry.pop("weights", None), entry.pop("path", None)
+        if file == EMBEDDED_MODEL:
+            from alula.models.smol import prepare_smol
+
+            file = prepare_smol() / "model.safetensors"
         if hub is not None:
             wanted = "as path the folder or hub name of a vision model, such as openai/clip-vit-base-patch32"
             found: Any = config_of(str(hub), what="vision model", wanted=wanted)
@@ -103,7 +110,10 @@ def _shapes(file: Path, *, root: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, "pt") as opened:
             keys = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}. A safetensors file with the weights of this part is wanted.") from error
+        raise UserError(
+            f"{file} cannot be read: {error}. A safetensors file with the weights of this part is wanted: give one, or make "
+            "one with `alula pretrain`."
+        ) from error
     inside = {key: shape for key, shape in keys.items() if key.startswith(f"{root}.")} if root else {}
     return {key.removeprefix(f"{root}."): (key, shape) for key, shape in (inside or keys).items()}
 

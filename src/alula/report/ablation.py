@@ -32,6 +32,15 @@ def build_ablation(folder: Path | str, *, out: Path | str | None = None) -> Path
     return write_page(page, "ablation.html.j2", ablation_view(ablation, page))
 
 
+def damaged_files(folder: Path | str) -> list[str]:
+    """What of a grid's folder cannot be read, one sentence each, by point.
+
+    Raises:
+        UserError: `folder` is no grid's folder.
+    """
+    return [f"{point.label}: {text}" for point in read_ablation(folder).points for text in dict.fromkeys(point.problems)]
+
+
 def ablation_view(ablation: Ablation, page: Path) -> View:
     """Everything the template shows."""
     outcomes = outcomes_of(ablation)

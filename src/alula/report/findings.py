@@ -17,8 +17,10 @@ from alula.report.verdict import listed
 def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Markup]:
     """What may be said, in sentences: of every outcome that the grid names, the first one in full."""
     asked = [one for one in outcomes if one.is_asked]
+    damaged = _damaged(ablation)
     if not asked or not asked[0].factors:
-        return [Markup("Fewer than two points that can be compared have a finished cell: no effect is known yet."), *ablation.scores.notes]
+        few = Markup("Fewer than two points that can be compared have a finished cell: no effect is known yet.")
+        return [few, *damaged, *ablation.scores.notes]
     said: list[Markup] = []
     for outcome in asked:
         where = Markup(" on the {}").format(outcome.name) if len(asked) > 1 else Markup("")
@@ -29,14 +31,26 @@ def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Mark
     missing = [point.label for point in ablation.points if not point.members]
     return [
         *said,
+        *damaged,
         *ablation.scores.notes,
         *([Markup("<b>Crashed</b>, and in no effect: {}.").format(listed(crashed))] if crashed else []),
         *([Markup("Without a finished cell, and in no effect: {}.").format(listed(missing))] if missing else []),
     ]
 
 
+def _damaged(ablation: Ablation) -> list[Markup]:
+    """Files that cannot be read, and what to do; what they hold is in no effect."""
+    found = [f"{point.label}: {text}" for point in ablation.points for text in dict.fromkeys(point.problems)]
+    said = Markup("<b>Damaged</b>, and what they hold in no effect: {} Delete the folder of each such cell and run the grid again.")
+    return [said.format(" ".join(text.rstrip(".") + "." for text in found))] if found else []
+
+
 def _most(outcome: Outcome) -> Markup:
     """Which factor matters most, and which it cannot be told apart from."""
+    values = {value for cells in outcome.cells.values() for value in cells}
+    if len(values) == 1:
+        said = Markup("The {} is the same in every cell, {} {}: it tells no point from another. Train longer, or score bits.")
+        return said.format(outcome.name, show(values.pop()), outcome.unit)
     first = next((factor for factor in outcome.factors if factor.gap.is_clear), None)
     if first is None:
         return Markup("No factor makes a difference to the {} that is more than noise.").format(outcome.name)

@@ -15,13 +15,14 @@ ABOUT, POINTS = "grid.json", "points"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of a grid: its finished cells."""
+    """One point of a grid: its finished cells, and the files of it that cannot be read, one sentence each."""
 
     label: str
     levels: dict[str, str]
     folder: Path
     cells: tuple[Cell, ...]
     members: tuple[Member, ...]
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,9 @@ def read_ablation(folder: Path | str) -> Ablation:
 
 
 def _read_point(folder: Path, about: dict) -> Point:
-    cells = read_run(folder).cells if (folder / "cells").is_dir() else ()
+    run = read_run(folder) if (folder / "cells").is_dir() else None
+    cells = run.cells if run else ()
     base = [cell for cell in cells if any(row["row"] == 0 for row in cell.scores)]
     members = tuple(read_member(cell, cell.arms[0], base=base) for cell in cells if cell.state == "finished" and cell.arms)
-    return Point(label=about["label"], levels=about["levels"], folder=folder, cells=cells, members=members)
+    problems = (*(run.problems if run else ()), *(text for member in members for text in member.problems))
+    return Point(label=about["label"], levels=about["levels"], folder=folder, cells=cells, members=members, problems=problems)

@@ -53,13 +53,16 @@ def listed(names: Sequence[str]) -> str:
 
 def write_verdict(series: Sequence[Series], *, failed: Sequence[str], waiting: Sequence[str]) -> list[Markup]:
     """The sentences, the most important first."""
-    whole = [one for one in series if one.members and not one.is_partial and np.isfinite(one.spread("average_score").mean)]
+    finished = [one for one in series if one.members and not one.is_partial]
+    whole = [one for one in finished if np.isfinite(one.spread("average_score").mean)]
     ours = best_first([one for one in whole if not one.is_reference])
     sentences: list[Markup] = []
     if ours:
         seeds = seed_noise(whole)
         sentences += [_best(ours, seeds), *_noise(noise_level(whole), seeds, several=any(len(one.orders) > 1 for one in whole))]
         sentences += [*_against(ours, seeds), *_kept(ours[0]), *_keepers(ours), *_references(ours[0], whole, seeds)]
+    elif finished:
+        sentences.append(Markup("Every task is scored in bits, of which there is no average score: the score matrix has them."))
     else:
         sentences.append(Markup("No method has finished the stream yet: the numbers below are of stages on the way."))
     if failed:

@@ -1,6 +1,5 @@
 """From what a recipe or a command line names to models, and to tasks with their samples."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any
@@ -17,7 +16,7 @@ from alula.data.tasks import TASKS, load_task
 from alula.errors import UserError, nearest
 from alula.experts.upcycling import check_upcycling, upcycle
 from alula.models import load_model
-from alula.models.composition import EMBEDDED, compose, plan_composition
+from alula.models.composition import compose, plan_composition
 from alula.models.loading import DTYPES, FOUR_BIT, find_device
 from alula.running.cell import limited
 
@@ -133,16 +132,4 @@ def check_model(recipe: Recipe) -> None:
 
 def _parts(choice: ModelChoice) -> dict[str, Any]:
     """Keywords of `compose`."""
-    parts = {"encoder": _with_weights(choice.encoder), "connector": _with_weights(choice.connector)}
-    return {"backbone": choice.backbone, **parts, **choice.options}
-
-
-def _with_weights(part: Any) -> Any:
-    """The part, with the place of the embedded default's weights where its name stands."""
-    if isinstance(part, list):
-        return [_with_weights(one) for one in part]
-    if not isinstance(part, Mapping) or part.get("weights") != EMBEDDED:
-        return part
-    from alula.models.smol import prepare_smol
-
-    return {**part, "weights": str(prepare_smol() / "model.safetensors")}
+    return {"backbone": choice.backbone, "encoder": choice.encoder, "connector": choice.connector, **choice.options}

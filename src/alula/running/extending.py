@@ -21,10 +21,10 @@ def refuse_other(recipe: Recipe, kept: Path) -> None:
         UserError: with the first key that differs.
     """
     try:
-        change = next(_changes(read_recipe(kept), recipe), "")
+        before = read_recipe(kept)
     except UserError as error:
-        change = str(error)
-    if change:
+        raise UserError(f"{error} It says what the run in {kept.parent} is: restore it, or delete the folder.") from error
+    if change := next(_changes(before, recipe), ""):
         raise UserError(
             f"{kept.parent} holds a run of another recipe (see {kept}): {change}. Methods and seeds may be added, and orders after the "
             "others. Continue it with the same recipe otherwise, choose another --out folder, or delete this one if nothing in it counts."

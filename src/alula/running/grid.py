@@ -124,9 +124,10 @@ def read_grid(path: Path | str, *, changes: Iterable[str] | None = None) -> Grid
     if KEY not in raw:
         raise UserError(f"{path}: '{KEY}' is missing, the factors of the grid. Add it, as in grid: {{factors: {{train.steps: [10, 20]}}}}.")
     choice = check(GridChoice, raw.pop(KEY), str(path), path=(KEY,))
+    points = tuple(_point(raw, choice, levels, where=str(path)) for levels in _combinations(choice))
+    _refuse_equal(points, where=str(path))
     for key in ("expected", "steps"):
         _refuse_unknown(getattr(choice, key), choice.factors, what="factor", where=f"{path}: '{KEY}.{key}'")
-    points = tuple(_point(raw, choice, levels, where=str(path)) for levels in _combinations(choice))
     for point in points:
         place, known = f"{path}, point {point.label}", _outcomes(point.recipe)
         for name, members in choice.groups.items():
@@ -135,6 +136,17 @@ def read_grid(path: Path | str, *, changes: Iterable[str] | None = None) -> Grid
                 raise UserError(f"{path}: '{KEY}.groups' has a group '{name}', which is the name of another outcome. Rename the group.")
         _refuse_unknown(choice.outcome, [*known, *choice.groups], what="outcome", where=f"{place}: '{KEY}.outcome'")
     return Grid(choice=choice, points=points)
+
+
+def _refuse_equal(points: Iterable[Point], *, where: str) -> None:
+    """Refuses two points with one recipe: a factor whose levels say the same would look as if it did not matter."""
+    seen: dict[str, str] = {}
+    for point in points:
+        (method,) = point.recipe.methods
+        recipe = point.recipe.model_copy(update={"methods": [method.model_copy(update={"label": None})]})
+        first = seen.setdefault(recipe.model_dump_json(), point.label)
+        if first != point.label:
+            raise UserError(f"{where}: points {first} and {point.label} are the same recipe. Give levels that differ, or leave one out.")
 
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, where: str) -> None:

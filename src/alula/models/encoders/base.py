@@ -35,8 +35,11 @@ class Encoder(nn.Module, ABC):
 ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 
-def count_patches(image_size: int, patch_size: int, *, name: str) -> int:
+def count_patches(image_size: int, patch_size: int, *, name: str, keyword: str = "image_size") -> int:
     """Patches along one side of an image.
+
+    Args:
+        keyword: how the size is called, for the error.
 
     Raises:
         UserError: the patches do not fill the image.
@@ -45,7 +48,7 @@ def count_patches(image_size: int, patch_size: int, *, name: str) -> int:
     if count <= 0 or rest:
         low = max(count, 1) * patch_size
         raise UserError(
-            f"Encoder '{name}' got image_size={image_size} with patches of {patch_size} pixels: {image_size} = {count} x {patch_size} "
-            f"+ {rest}. It takes multiples of {patch_size}. Set image_size={low} or {low + patch_size}."
+            f"Encoder '{name}' got {keyword}={image_size} with patches of {patch_size} pixels: {image_size} = {count} x {patch_size} "
+            f"+ {rest}. It takes multiples of {patch_size}. Set {keyword}={low} or {low + patch_size}."
         )
     return count

@@ -53,7 +53,7 @@ class PatchEncoder(Encoder):
         head_dim(dim, num_heads=num_heads, kind="Encoder 'patch'")
         self.height, self.width = patch_size
         self.grid = self._grid(image_size)
-        rows, columns = self._grid(trained_size or image_size)
+        rows, columns = self._grid(trained_size or image_size, keyword="trained_size" if trained_size else "image_size")
         self.image_size, self.output_dim = image_size, dim
         self.embedding = nn.Linear(3 * self.height * self.width, dim)
         self.rows = nn.Parameter(torch.empty(rows, 1, dim))
@@ -62,8 +62,9 @@ class PatchEncoder(Encoder):
         self.blocks = nn.TransformerEncoder(block, num_layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self.reset_parameters()
 
-    def _grid(self, size: int) -> tuple[int, int]:
-        return count_patches(size, self.height, name="patch"), count_patches(size, self.width, name="patch")
+    def _grid(self, size: int, *, keyword: str = "image_size") -> tuple[int, int]:
+        rows, columns = (count_patches(size, side, name="patch", keyword=keyword) for side in (self.height, self.width))
+        return rows, columns
 
     def reset_parameters(self) -> None:
         """Places from a truncated normal of 0.02."""

@@ -48,7 +48,7 @@ class VitEncoder(Encoder):
         head_dim(dim, num_heads=num_heads, kind="Encoder 'vit'")
         side = count_patches(image_size, patch_size, name="vit")
         trained = trained_size or image_size
-        count_patches(trained, patch_size, name="vit")
+        count_patches(trained, patch_size, name="vit", keyword="trained_size")
         self.image_size, self.grid, self.output_dim = image_size, (side, side), dim
         self.is_interpolated = trained != image_size
         config = SiglipVisionConfig(
