@@ -111,6 +111,14 @@ def test_the_report_survives_a_missing_part(run: Path, tmp_path: Path, missing: 
     assert ("What it cost" in text) == (missing != "cost.jsonl")
 
 
+def test_a_damaged_file_of_predictions_is_named_and_costs_no_report(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / "cells" / "finetune-seed0" / "predictions" / "row04" / "default" / "digits.jsonl"
+    file.write_text(file.read_text()[:-9])
+    text = Page(build_report(copy).read_text(encoding="utf-8")).text
+    assert f"{file}:{NUM_SAMPLES}: not valid JSON" in text and "Score matrices" in text
+
+
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "cells" / "routed-seed0").mkdir(parents=True)
     text = Page(build_report(tmp_path).read_text(encoding="utf-8")).text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alula.errors import UserError
 from alula.evaluation.bootstrap import TaskSamples, resample_rows
 from alula.evaluation.matrix import ScoreMatrix
 from alula.evaluation.measures import MEASURES
@@ -158,7 +159,11 @@ def _read_samples(
             if (stage, name) not in scores:
                 continue
             row, cell = scores[stage, name]
-            lines = cell.predictions(row["row"], row["arm"], name)
+            try:
+                lines = cell.predictions(row["row"], row["arm"], name)
+            except UserError as error:
+                problems.append(str(error))
+                continue
             if len(lines) != values.shape[1]:
                 problems.append(f"{cell.name}, row {stage}, {name}: {len(lines)} predictions for {row['num_samples']} samples.")
                 continue
