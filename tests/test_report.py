@@ -139,6 +139,7 @@ def test_a_finished_run_in_bits_alone_is_not_called_unfinished(tmp_path: Path) -
     write_text(cell / "done.json", "{}")
     text = Page(build_report(tmp_path).read_text(encoding="utf-8")).text
     assert "Every task is scored in bits, of which there is no average score" in text and "No method has finished" not in text
+    assert "On the way" not in text  # of one task there is none
 
 
 def test_only_unfinished_cells_are_shown_with_their_stage(tmp_path: Path, run: Path) -> None:

@@ -16,7 +16,7 @@ View = dict[str, object]
 def curve_views(series: Sequence[Series], colours: dict[str, int]) -> list[View]:
     """For each order of the tasks a chart for each task and base task; the mean over its seeds.
 
-    None where every series learnt all tasks at once: there is no way there to show.
+    None where every series learnt all tasks at once, or there is one task: there is no way there to show.
     """
     if all_joint(series):
         return []
@@ -30,6 +30,8 @@ def _order_view(series: Sequence[Series], colours: dict[str, int], order: int) -
     if not shown:
         return {"charts": []}
     matrix = max((members[0].matrix for _, members in shown), key=lambda matrix: len(matrix.names))
+    if len(matrix.tasks) < 2:
+        return {"charts": []}
     labels, numbers = ["base", *matrix.tasks], {one.name: number for number, one in enumerate(series, start=1)}
     charts = []
     for name in matrix.names:
