@@ -181,6 +181,13 @@ def test_a_worker_gives_what_this_process_gave(grown, tmp_path):
     assert measured(copy / "cells" / "two_0.03-seed0") == measured(folder / "points" / "two_0.03" / "cells" / "two_0.03-seed0")
 
 
+def test_a_grid_is_no_run_and_says_which_verb_takes_it(grown, backbone, tmp_path):
+    with pytest.raises(UserError, match="is a grid of recipes. Run it with `alula ablate"):
+        read_recipe(grid_file(tmp_path, backbone))
+    with pytest.raises(UserError, match=r"is the folder of a grid. Give one of its points"):
+        build_report(grown[0])
+
+
 def test_a_changed_recipe_is_refused_and_nothing_runs(grown, backbone, tmp_path):
     folder, _, _ = grown
     with pytest.raises(UserError, match="holds a run of another recipe"):

@@ -55,6 +55,7 @@ def check(encoder, connector=POOL, **keywords):
         (VIT | HALF | {"image_std": [0.5, 0.5, float("nan")]}, r"got image_std=.*nan\]. Three numbers above 0"),
         (VIT | HALF | {"image_mean": ["a", "b", "c"]}, r"got image_mean=\['a', 'b', 'c'\]. Three numbers are accepted"),
         (VIT | {"image_mean": [], "image_std": []}, r"got image_mean=\[\]. Three numbers are accepted"),
+        ({"image_size": 64}, r"encoder_config got \{'image_size': 64\}. \{'name': <a registered name>"),
         (5, r"encoder_config got 5. \{'name': <a registered name>, \*\*its keywords\} is accepted, or a list of these"),
         (LITE0, r"100 = 3 x 32 \+ 4. It takes multiples of 32. Set image_size=96 or 128"),
         ({**VIT, "image_mean": [0.5] * 3}, r"Encoder 'vit' got image_mean=\[0.5, 0.5, 0.5\] and image_std=None. Three numbers each"),

@@ -67,6 +67,13 @@ def test_whatever_else_changes_is_refused_with_the_first_key_that_differs(before
     assert (tmp_path / "recipe.yaml").read_text() == kept
 
 
+def test_finished_cells_without_their_recipe_get_no_other_one(tmp_path):
+    write_text(tmp_path / "cells" / "finetune-seed0" / "done.json", "{}")
+    with pytest.raises(UserError, match=r"holds finished cells, but no recipe.yaml"):
+        start_folder(check_recipe(RAW), tmp_path)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
 def test_a_damaged_recipe_is_not_written_over(tmp_path):
     write_text(tmp_path / "recipe.yaml", "tasks: [")
     with pytest.raises(UserError, match="not valid YAML"):

@@ -161,7 +161,10 @@ def read_recipe(path: Path | str, *, changes: Iterable[str] | None = None) -> Re
     Raises:
         UserError: no such file, not YAML (with the line), an unknown key (with the nearest known) or a bad value.
     """
-    return check_recipe(read_raw(path, changes=changes), where=str(path))
+    raw = read_raw(path, changes=changes)
+    if "grid" in raw:
+        raise UserError(f"{path} is a grid of recipes. Run it with `alula ablate {path}`, or take the key 'grid' out.")
+    return check_recipe(raw, where=str(path))
 
 
 def read_raw(path: Path | str, *, changes: Iterable[str] | None = None) -> dict[str, Any]:

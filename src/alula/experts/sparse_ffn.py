@@ -35,7 +35,7 @@ def choose_experts(
 
     Example:
         >>> weights, index = choose_experts(torch.tensor([[[2.0, 0.0, 2.0]]]), top_k=2, capacity=None)
-        >>> weights.tolist(), index.tolist()
+        >>> weights.float().tolist(), index.tolist()
         ([[[0.5, 0.5]]], [[[0, 2]]])
     """
     probabilities = left = scores.float().softmax(dim=-1)

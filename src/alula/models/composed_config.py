@@ -105,7 +105,7 @@ def check_parts(given: object, *, what: str, kinds: tuple[type, ...] = (Mapping,
         UserError: it is something else.
     """
     for one in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
-        if not isinstance(one, kinds):
+        if not isinstance(one, kinds) or (isinstance(one, Mapping) and "name" not in one):
             raise UserError(
                 f"{what} got {one!r}. {{'name': <a registered name>, **its keywords}} is accepted, or a list of these. Give one of them."
             )

@@ -53,7 +53,7 @@ def count_views(crops: int) -> int:
         UserError: 1, which would be the whole image twice, less than 0, or no whole number.
     """
     if type(crops) is not int or crops < 0 or crops == 1:
-        raise UserError(f"crops={crops} came. An image is cut in 2 x 2 parts or more, or with 0 not at all. Set crops=0 or crops=2.")
+        raise UserError(f"crops={crops!r} came. An image is cut in 2 x 2 parts or more, or with 0 not at all. Set crops=0 or crops=2.")
     return 1 + crops * crops
 
 

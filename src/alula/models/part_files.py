@@ -106,6 +106,8 @@ def _statistics(hub: str) -> dict[str, list[float]]:
 
 def _shapes(file: Path, *, root: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (key in the file, shape): from the header of the file of one part, or of a composed model with it under `root`."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, the weights of a part are one file. Give the safetensors file in it.")
     try:
         with safe_open(file, "pt") as opened:
             keys = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping

@@ -108,6 +108,10 @@ def read_run(folder: Path | str) -> Run:
     """
     home = Path(folder)
     if not (home / "cells").is_dir():
+        if (home / "grid.json").exists():
+            raise UserError(
+                f"{home} is the folder of a grid. Give one of its points, {home}/points/*, or `alula ablate --no-run` for its page."
+            )
         found = ", ".join(sorted(path.name for path in home.iterdir())[:8]) if home.is_dir() else "nothing there"
         raise UserError(
             f"{home} is not a run folder: it has no 'cells' ({found or 'it is empty'}). Give the folder that `alula run` wrote."

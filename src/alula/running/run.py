@@ -120,6 +120,8 @@ def start_folder(recipe: Recipe, folder: Path) -> None:
     kept, digests = folder / RECIPE, weight_digests(recipe)
     if kept.exists():
         refuse_other(recipe, kept)
+    elif any(folder.glob("cells/*/done.json")):
+        raise UserError(f"{folder} holds finished cells, but no {RECIPE} that says of what. Restore it, or choose another --out folder.")
     if digests:
         refuse_other_weights(digests, folder / WEIGHTS)
         write_json(folder / WEIGHTS, digests)
