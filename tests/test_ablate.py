@@ -182,7 +182,7 @@ def test_a_worker_gives_what_this_process_gave(grown, tmp_path):
 
 
 def test_a_grid_is_no_run_and_says_which_verb_takes_it(grown, backbone, tmp_path):
-    with pytest.raises(UserError, match="is a grid of recipes. Run it with `alula ablate"):
+    with pytest.raises(UserError, match=r"is a grid of recipes\. Run it with `alula ablate"):
         read_recipe(grid_file(tmp_path, backbone))
     with pytest.raises(UserError, match=r"is the folder of a grid. Give one of its points"):
         build_report(grown[0])
