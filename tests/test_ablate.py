@@ -75,7 +75,7 @@ def test_half_a_grid_has_each_two_levels_together_as_often_as_any_other_two(tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"design": "half"}, "design half takes three factors or more with two levels each; came 2. Take full"),
+        ({"design": "half"}, r"grid.yaml: 'grid': design half takes three factors or more with two levels each; came 2. Take full"),
         ({"factors": {"train.stepz": [1, 2]}}, r"point 1: unknown key 'train.stepz'\..*Did you mean 'steps'"),
         ({"factors": {"model.conector": ["mlp", "linear"]}}, r"unknown key 'model.conector'\..*Did you mean 'connector'"),
         ({"factors": {"model.options.corps": [0, 2]}}, r"Unknown key 'model.options.corps'\..*Did you mean 'crops'"),

@@ -41,7 +41,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"name": "hf", "config": AIMV2.to_dict(), "image_size": 96}, "mlp", r"4 x 4 = 16 positions. image_size=96 needs 6 x 6 = 36"),
         ([VIT, PATCH], "mlp", r"16 and 8 tokens"),
         ({**VIT, "image_size": 30}, "mlp", r"30 = 3 x 8 \+ 6"),
-        ({**VIT, "colour": 1}, "mlp", r"Encoder 'vit' refuses .*colour"),
+        ({**VIT, "num_layer": 1}, "mlp", r"Encoder 'vit' refuses num_layer=1: there is no such keyword.*Did you mean 'num_layers'"),
+        ({"name": "hf"}, "mlp", r"Encoder 'hf' came without a path"),
         ("vitt", "mlp", r"Did you mean 'vit'"),
     ],
 )

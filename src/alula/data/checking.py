@@ -52,6 +52,8 @@ def _explain(problem: Any, kind: type[BaseModel], where: str, path: tuple[str | 
         return f"{where}: unknown key '{place}'. {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where}: '{place}' is missing. Add it."
+    if problem["type"] == "value_error":
+        return f"{where}: '{place}': {problem['msg'].removeprefix('Value error, ')}. Correct it."
     given = repr(problem["input"])
     shown = given if len(given) <= 80 else f"{given[:77]}..."
     return f"{where}: '{place}' is {shown}: {problem['msg']}. Correct the value."

@@ -71,7 +71,7 @@ def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[So
     ``weights: smol`` are those of that part of the embedded default.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or none is named.
     """
     is_one = isinstance(given, str | Mapping)
     listed: Sequence[Part] = [given] if is_one else given  # type: ignore[assignment, list-item]
@@ -79,6 +79,8 @@ def read_parts(given: Part | Sequence[Part]) -> tuple[dict | list[dict], list[So
     sources = []
     for entry in entries:
         file, hub = entry.pop("weights", None), entry.pop("path", None)
+        if entry.get("name") == "hf" and hub is None and "config" not in entry:
+            raise UserError("Encoder 'hf' came without a path. Give the folder or hub name of a vision model, or its configuration.")
         if file == EMBEDDED_MODEL:
             from alula.models.smol import prepare_smol
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from alula.errors import UserError
+from alula.errors import UserError, nearest
 from alula.models.composed_config import ComposedConfig
 from alula.models.composed_processor import count_image_tokens, count_views
 from alula.models.connectors import CONNECTORS, Connector
@@ -159,9 +159,16 @@ def build_part(make: Callable[..., T], keywords: Mapping[str, object], *, kind: 
         kind: of part, for errors.
 
     Raises:
-        UserError: a keyword of another type than its default's; a whole number below 1 where the default is none; what making raises.
+        UserError: an unknown keyword; one of another type than its default's; a whole number below 1 where the default is none; what
+            making raises.
     """
     accepted = [parameter for parameter in inspect.signature(make).parameters.values() if parameter.name not in told]
+    takes = f"It takes {', '.join(map(str, accepted))}."
+    names = [parameter.name for parameter in accepted]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted)
+    for name in keywords if not takes_any else ():
+        if name not in names and name not in told:
+            raise UserError(f"{kind} refuses {name}={keywords[name]!r:.60}: there is no such keyword. {nearest(name, names)} {takes}")
     for parameter in accepted:
         if parameter.name in keywords:
             _check_keyword(keywords[parameter.name], parameter, kind=kind)
@@ -171,9 +178,7 @@ def build_part(make: Callable[..., T], keywords: Mapping[str, object], *, kind: 
         raise
     except Exception as error:  # whatever the code of a part, which may be of another library, raises
         given = ", ".join(f"{name}={value!r:.60}" for name, value in keywords.items())
-        raise UserError(
-            f"{kind} refuses {given or 'no keywords'}: {error!s:.300}. It takes {', '.join(map(str, accepted))}. Correct the keywords."
-        ) from error
+        raise UserError(f"{kind} refuses {given or 'no keywords'}: {error!s:.300}. {takes} Correct the keywords.") from error
 
 
 def _check_keyword(came: object, parameter: inspect.Parameter, *, kind: str) -> None:

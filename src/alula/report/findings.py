@@ -13,6 +13,9 @@ from alula.report.grid_folder import Ablation
 from alula.report.outcomes import Estimate, Factor, Outcome, shown
 from alula.report.verdict import listed
 
+LEAST = 0.05
+"""A difference that is shown as 0.0."""
+
 
 def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Markup]:
     """What may be said, in sentences: of every outcome that the grid names, the first one in full."""
@@ -26,7 +29,10 @@ def write_findings(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Mark
         where = Markup(" on the {}").format(outcome.name) if len(asked) > 1 else Markup("")
         said += [_most(outcome), *(_factor_sentence(outcome, factor, where) for factor in outcome.factors)]
         said += [_steps_sentence(outcome, factor, where) for factor in outcome.factors if factor.steps]
-    said += [*_expected(ablation.about["expected"], asked[0]), *_interaction_sentence(asked[0]), *_starts(ablation, asked[0])]
+    last = [*_expected(ablation.about["expected"], asked[0]), *_interaction_sentence(asked[0])]
+    if last and len(asked) > 1:
+        last[0] = Markup("Of the {}: ").format(asked[0].name) + last[0]
+    said += [*last, *_starts(ablation, asked[0])]
     crashed = [cell.name for point in ablation.points for cell in point.cells if cell.state == "crashed"]
     missing = [point.label for point in ablation.points if not point.members]
     return [
@@ -79,7 +85,7 @@ def judged(estimate: Estimate) -> str:
 def _factor_sentence(outcome: Outcome, factor: Factor, where: Markup) -> Markup:
     if not np.isfinite(factor.gap.value):
         return Markup("<b>{}</b>: the finished points cannot tell it from another factor.").format(factor.name)
-    if factor.best == factor.worst:
+    if factor.best == factor.worst or abs(factor.gap.value) < LEAST:
         return Markup("<b>{}</b>: its levels do not differ{}.").format(factor.name, where)
     said = Markup("<b>{}</b>: {} is {} ahead of {}{}, {}.")
     return said.format(factor.name, factor.best, _amount(outcome, factor.gap), factor.worst, where, judged(factor.gap))
