@@ -130,7 +130,9 @@ def test_three_steps_train_the_encoder_and_count_the_targets(tmp_path):
     assert rows[2]["loss"] < rows[0]["loss"]
     assert all(6 <= row["targets"] <= 6 * 15 for row in rows) and len({row["targets"] for row in rows}) > 1
     about = read_json(made.with_suffix(".json"))
-    assert about["retrieval"] is None and about["probes"] == {}
+    assert about["retrieval"] is None and about["probes"] == {} and about["seconds"] > 0
+    again = pretrain("aim", task, encoder=TINY, settings=settings, folder=tmp_path, options={"head_dim": 8, "num_blocks": 1})
+    assert read_json(again.with_suffix(".json")) == about  # the same command changes nothing, its time included
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         fresh = VitEncoder(**{key: value for key, value in TINY.items() if key != "name"}).state_dict()

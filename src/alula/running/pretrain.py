@@ -1,7 +1,6 @@
 """`alula pretrain`: an encoder trained by contrast (CLIP) or prediction (AIM), measured, and kept as a part that `compose` takes."""
 
 import importlib.metadata
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -100,10 +99,8 @@ def pretrain(
     before = _probed(trained, pixels, probes)
     identity = f"{objective} {dict(encoder)} {dict(options or {})} {pairs.description}"
     trainer = Trainer(model, method, collate, settings=settings, folder=folder, progress=progress, identity=identity)
-    started = time.perf_counter()
     for _ in trainer.learn(Stream(tasks=(pairs,))):
         pass
-    seconds = time.perf_counter() - started
     path = folder / "encoder.safetensors"
     if not trainer.accelerator.is_main_process:
         return path
@@ -119,7 +116,7 @@ def pretrain(
             "task": pairs.name,
             "train_samples": len(pairs.train),
             "settings": settings.model_dump(),
-            "seconds": round(seconds, 1),
+            "seconds": round(trainer.cost.seconds, 3),
             "first_losses": losses[:3],
             "last_loss": losses[-1],
             "probes": {name: {"before": before[name], "after": after[name]} for name in after},
