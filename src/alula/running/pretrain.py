@@ -99,8 +99,7 @@ def pretrain(
     before = _probed(trained, pixels, probes)
     identity = f"{objective} {dict(encoder)} {dict(options or {})} {pairs.description}"
     trainer = Trainer(model, method, collate, settings=settings, folder=folder, progress=progress, identity=identity)
-    for _ in trainer.learn(Stream(tasks=(pairs,))):
-        pass
+    (learnt,) = trainer.learn(Stream(tasks=(pairs,)))
     path = folder / "encoder.safetensors"
     if not trainer.accelerator.is_main_process:
         return path
@@ -116,7 +115,7 @@ def pretrain(
             "task": pairs.name,
             "train_samples": len(pairs.train),
             "settings": settings.model_dump(),
-            "seconds": round(trainer.cost.seconds, 3),
+            "seconds": round(learnt.cost.seconds, 3),
             "first_losses": losses[:3],
             "last_loss": losses[-1],
             "probes": {name: {"before": before[name], "after": after[name]} for name in after},
