@@ -10,6 +10,7 @@ from alula.config import check_recipe
 from alula.models import load_model
 from alula.running.cells import check_methods
 from alula.running.grid import read_grid
+from alula.running.run import run_recipe
 from composed_models import save_backbone
 from test_docs import ROOT, blocks, shortened
 from tiny_runs import save_tiny
@@ -36,6 +37,9 @@ def run(code, space, *, name):
 
 
 def test_the_composers_python_runs_from_top_to_bottom(desk):
+    asked = {"model": "vlm", "tasks": [{"name": "digits", "train_size": 4, "test_size": 2}], "methods": ["finetune_full"]}
+    training = {"train": {"steps": 1, "batch_size": 2, "learning_rate": 0.1}, "evaluation": {"base_row": False}}
+    assert run_recipe(check_recipe(asked | training), desk / "runs" / "mine", say=lambda line: None) == 0
     space: dict = {}
     for number, code in enumerate(blocks(DOCS / "composer.md", "python"), start=1):
         run(code, space, name=f"composer.md, block {number}")
@@ -44,6 +48,9 @@ def test_the_composers_python_runs_from_top_to_bottom(desk):
             assert trained == {"vision_tower", "connector"} and len(space["new"]) > 0
     assert (desk / "my-adapters" / "adapters.json").exists()
     assert type(load_model("my-vlm", device="cpu")[0]).__name__ == "ComposedVLM"
+    left, before = (dict(load_model(name, device="cpu")[0].named_parameters()) for name in ("my-trained-vlm", "vlm"))
+    moved = {name for name, value in left.items() if not torch.equal(value, before[name])}
+    assert moved and all(torch.equal(left[name], space["trained"][name]) for name in moved)
 
 
 def test_the_composers_recipes_and_grid_are_read(desk):
