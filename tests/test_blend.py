@@ -193,7 +193,7 @@ def test_a_blend_in_a_recipe_is_checked_and_reads_back(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(write_recipe(recipe))
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     for part, says in (
-        ({"blend": [{"ratio": 1}]}, "'tasks.0.blend.0.path' is None: .*one of 'name' .* and 'path' is wanted"),
+        ({"blend": [{"ratio": 1}]}, "'tasks.0.blend.0.path': one of 'name' .* and 'path' is wanted"),
         ({"blend": [{"name": "a", "path": "b"}]}, "'tasks.0.blend.0.path' is 'b': .*one of 'name' .* and 'path' is wanted"),
         ({"path": "a", "blend": ["b"]}, "both 'path' and 'blend' are given"),
         ({"blend": [{"name": "a", "ratoi": 1}]}, "unknown key 'tasks.0.blend.0.ratoi'.*Did you mean 'ratio'"),
