@@ -52,11 +52,11 @@ def _explain(problem: Any, kind: type[BaseModel], where: str, path: tuple[str | 
         return f"{where}: unknown key '{place}'. {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where}: '{place}' is missing. Add it."
-    if problem["type"] == "value_error":
-        return f"{where}: '{place}': {problem['msg'].removeprefix('Value error, ')}. Correct it."
-    given = repr(problem["input"])
+    given, said = repr(problem["input"]), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict | list | None):  # it says what of them is wrong
+        return f"{where}: '{place}': {said}. Correct it."
     shown = given if len(given) <= 80 else f"{given[:77]}..."
-    return f"{where}: '{place}' is {shown}: {problem['msg']}. Correct the value."
+    return f"{where}: '{place}' is {shown}: {said}. Correct the value."
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
